@@ -1,0 +1,124 @@
+"""The `gpt` command: find the command, compose its config, hand over.
+
+Nothing here imports torch, so help and config errors come at once. Exit codes: 0 done, 1 our fault, 2 the user's input,
+130/143 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt import __version__
+from gpt.errors import UserError
+
+COMMANDS = {
+    "pretrain": "train a model from scratch; with no argument, a small one on Python's standard library",
+    "generate": "continue a prompt with a trained model",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one `gpt` command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if os.environ.get("GPT_DEBUG") == "1":
+            raise
+        print(f"gpt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gpt: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone (`gpt generate | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from gpt import help as help_text
+
+    wants_help = any(a in ("-h", "--help") for a in arguments)
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    if arguments and arguments[0] == "--version":
+        print(f"gpt {__version__}")
+        return 0
+    if command is None or (wants_help and command not in COMMANDS):
+        unknown = [a for a in arguments if a not in ("-h", "--help")]
+        if unknown:
+            raise UserError(f"{unknown[0]}: expected a command: {', '.join(COMMANDS)} (gpt --help)")
+        print(help_text.overview(COMMANDS))
+        return 0
+    if command not in COMMANDS:
+        from gpt.config import nearest
+
+        guess = nearest(command, COMMANDS) or "."
+        raise UserError(f"{command}: no such command{guess} There are: {', '.join(COMMANDS)}")
+    if arguments[0] != command:
+        raise UserError(f"{arguments[0]}: the command comes first: gpt {command} ...")
+    rest, config_dir, show = _options(arguments[1:])
+    if wants_help:
+        print(help_text.command(command, COMMANDS[command], config_dir))
+        return 0
+    return _generate(rest, show) if command == "generate" else _pretrain(command, rest, config_dir, show)
+
+
+def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
+    """Split off --config-dir DIR and --cfg; what remains is key=value."""
+    rest: list[str] = []
+    config_dir, show = None, False
+    iterator = iter(arguments)
+    for argument in iterator:
+        if argument == "--cfg":
+            show = True
+        elif argument == "--config-dir" or argument.startswith("--config-dir="):
+            value = argument.partition("=")[2] or next(iterator, "")
+            if not value:
+                raise UserError("--config-dir: which folder?")
+            config_dir = Path(value)
+        elif argument in ("-h", "--help"):
+            continue
+        elif argument.startswith("-"):
+            from gpt.config import nearest
+
+            raise UserError(f"{argument}: no such flag{nearest(argument, ['--help', '--cfg', '--config-dir', '--version'])}")
+        else:
+            rest.append(argument)
+    return rest, config_dir, show
+
+
+def _pretrain(command: str, arguments: list[str], config_dir: Path | None, show: bool) -> int:
+    from gpt.compose import compose_run
+
+    config = compose_run(command, arguments, config_dir)
+    if show:
+        import yaml
+
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    from gpt.launch import launch
+
+    return launch(config)
+
+
+def _generate(arguments: list[str], show: bool) -> int:
+    from gpt.compose import compose_generate
+
+    config = compose_generate(arguments)
+    if show:
+        import dataclasses
+
+        import yaml
+
+        print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    from gpt.inference.command import generate
+
+    return generate(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

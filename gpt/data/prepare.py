@@ -1,0 +1,125 @@
+"""Text to a corpus of token ids, kept in a cache: find files, make the tokenizer, encode, write shards."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt.config import DataConfig, TokenizerConfig
+from gpt.data.shards import VERSION, Index, ShardWriter, TokenArray, building, open_split, read_index, write_index
+from gpt.data.sources import Document, ReadReport, find_files, fingerprint, read_documents
+from gpt.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from gpt.errors import UserError
+
+SPLITS = ("train", "held_out")
+_COMPRESSED_BYTES = 8 << 20  # xz -9e takes a second a megabyte: enough text for a fair figure
+
+
+@dataclass
+class Corpus:
+    """A tokenised corpus."""
+
+    tokenizer: Tokenizer
+    train: TokenArray
+    held_out: TokenArray
+    index: Index
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that changes with the text, the split or the tokenizer."""
+        return hashlib.sha256(json.dumps(asdict(self.index), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepare_corpus(data: DataConfig, tokenizer: TokenizerConfig, context_length: int, say: Callable[[str], None]) -> Corpus:
+    """The corpus of a config, from the cache if it is there.
+
+    Args:
+        data, tokenizer: what to read and how to cut it.
+        context_length: both splits must hold at least one window of it.
+        say: takes progress messages.
+
+    Raises:
+        UserError: no text, too little text, text that cannot be read, a tokenizer that cannot be made.
+    """
+    files = find_files(data)
+    source = fingerprint(files)
+    settings = {"version": VERSION, "source": source, "holdout": data.holdout, "on_error": data.on_error, "tokenizer": asdict(tokenizer)}
+    if tokenizer.name == "pretrained":
+        settings["tokenizer_hash"] = _make_tokenizer(tokenizer, []).fingerprint()
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    directory = Path(data.cache_dir).expanduser() / "data" / key
+    index = read_index(directory)
+    if index is None:
+        with building(directory) as aside:
+            if aside is not None:
+                say(f"reading {len(files)} files")
+                report = ReadReport()
+                documents = list(read_documents(files, data, report))
+                _build(aside, documents, report, tokenizer, source, say)
+        index = read_index(directory)
+        assert index is not None
+    else:
+        say(f"tokens from the cache: {directory}")
+    for note in index.notes:
+        say(f"note: {note}")
+    corpus = Corpus(
+        load_tokenizer(directory), open_split(directory, index, "train"), open_split(directory, index, "held_out"), index
+    )  # fmt: skip
+    for split, array in (("training", corpus.train), ("held-out", corpus.held_out)):
+        if len(array) < context_length + 1:
+            raise UserError(
+                f"data: the {split} text has {len(array)} tokens, fewer than model.context_length={context_length} and one more; "
+                "give more text or a shorter context"
+            )
+    return corpus
+
+
+def _build(
+    directory: Path, documents: list[Document], report: ReadReport, config: TokenizerConfig, source: str, say: Callable[[str], None]
+) -> None:
+    if not documents:
+        left_out = (
+            f" ({report.empty_files} empty files, {len(report.binary_files)} binary)" if report.empty_files or report.binary_files else ""
+        )
+        raise UserError(f"data: there is no text in the corpus{left_out}")
+    training = [d.text for d in documents if not d.held_out]
+    say(f"making the tokenizer from {sum(map(len, training)) / 1e6:.1f} million characters")
+    tokenizer = _make_tokenizer(config, training)
+    tokenizer.save(directory / "tokenizer.json")
+    # A fresh one with a piece of the text to check the fast encoder on.
+    tokenizer = load_tokenizer(directory, check="".join(training)[:200_000])
+    say(f"encoding with {'tiktoken' if tokenizer.is_fast else 'tokenizers'}")
+    index = Index(
+        dtype="uint16" if tokenizer.vocab_size <= 65536 else "uint32", vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint(), source=source, notes=report.warnings(),
+    )  # fmt: skip
+    separator = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=np.uint32)
+    for split in SPLITS:
+        texts = [d.text for d in documents if d.held_out == (split == "held_out")]
+        writer = ShardWriter(directory, split, index.dtype)
+        for start in range(0, len(texts), 256):
+            for ids in tokenizer.encode_batch(texts[start : start + 256]):
+                writer.append((separator, ids))
+        index.tokens[split] = writer.sizes
+        index.bytes[split] = sum(len(t.encode()) for t in texts)
+        index.documents[split] = len(texts)
+    held_out = "".join(d.text for d in documents if d.held_out).encode()[:_COMPRESSED_BYTES]
+    if held_out:
+        index.held_out_gzip = 8 * len(gzip.compress(held_out, 9)) / len(held_out)
+        index.held_out_xz = 8 * len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)) / len(held_out)
+    write_index(directory, index)
+
+
+def _make_tokenizer(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
+    if config.name == "byte":
+        return byte_tokenizer()
+    if config.name == "pretrained":
+        return load_tokenizer(config.path or "")
+    return train_bpe(texts, config.vocab_size, len(texts))

@@ -1,0 +1,173 @@
+"""Where text comes from: documents, each with a name that stays the same from machine to machine.
+
+Held-out documents are chosen by a hash of their names, so adding a file never moves another across the border. A corpus
+of few files is cut within the files instead, or one file would decide everything.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from gpt.config import DataConfig
+from gpt.errors import UserError
+
+MIN_FILES_TO_SPLIT_BY_FILE = 20
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass
+class SourceFile:
+    """One file of the corpus."""
+
+    name: str
+    """Path relative to where it was found, with forward slashes."""
+    path: Path
+
+
+@dataclass
+class Document:
+    """A text, or a part of one, on one side of the border."""
+
+    name: str
+    text: str
+    held_out: bool
+
+
+@dataclass
+class ReadReport:
+    """What was met while reading; said aloud and kept beside the tokens."""
+
+    files: int = 0
+    bytes: int = 0
+    binary_files: list[str] = field(default_factory=list)
+    empty_files: int = 0
+    invalid_utf8: dict[str, int] = field(default_factory=dict)
+    """File -> number of characters replaced."""
+    split_within_files: bool = False
+
+    def warnings(self) -> list[str]:
+        """What a user should know, a sentence each."""
+        found = []
+        if self.binary_files:
+            found.append(f"{len(self.binary_files)} binary files were left out, e.g. {self.binary_files[0]}")
+        if self.invalid_utf8:
+            worst = max(self.invalid_utf8, key=lambda n: self.invalid_utf8[n])
+            total = sum(self.invalid_utf8.values())
+            found.append(f"invalid UTF-8 in {len(self.invalid_utf8)} files, {total} characters replaced, most in {worst}")
+        if self.split_within_files:
+            found.append(f"only {self.files} files: the end of each is held out, not whole files")
+        return found
+
+
+def find_files(config: DataConfig) -> list[SourceFile]:
+    """The files of the source, sorted by name.
+
+    Raises:
+        UserError: a path that matches nothing.
+    """
+    if config.source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        found = (SourceFile(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
+        return sorted((f for f in found if not _SKIPPED_FOLDERS & set(f.name.split("/")[:-1])), key=lambda f: f.name)
+    files: dict[Path, SourceFile] = {}
+    for pattern in config.paths:
+        for file in _matching(pattern):
+            files.setdefault(file.path.resolve(), file)
+    return sorted(files.values(), key=lambda f: f.name)
+
+
+def _matching(pattern: str) -> list[SourceFile]:
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [SourceFile(path.name, path)]
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        if not inside:
+            raise UserError(f"data.paths: the folder {pattern!r} has no files in it")
+        return [SourceFile(p.relative_to(path).as_posix(), p) for p in inside]
+    matches = sorted(Path(m) for m in glob.glob(str(path), recursive=True) if os.path.isfile(m))
+    if not matches:
+        from gpt.config import nearest
+
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        where = path.parent.resolve() if path.parent.is_dir() else Path.cwd()
+        raise UserError(f"data.paths: no file matches {pattern!r} (looked in {where}){nearest(path.name, siblings)}")
+    fixed = pattern.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
+    return [SourceFile(os.path.relpath(m, Path(fixed).expanduser() or "."), m) for m in matches]
+
+
+def fingerprint(files: list[SourceFile]) -> str:
+    """A hash of every file's name and content.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with _open(file) as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_documents(files: list[SourceFile], config: DataConfig, report: ReadReport) -> Iterator[Document]:
+    """Every document, one file at a time, filling `report` on the way.
+
+    Raises:
+        UserError: a file that cannot be read; or with on_error=raise a binary one or one with invalid UTF-8.
+    """
+    report.split_within_files = len(files) < MIN_FILES_TO_SPLIT_BY_FILE
+    for file in files:
+        with _open(file) as stream:
+            raw = stream.read()
+        if not raw.strip():
+            report.empty_files += 1
+            continue
+        if b"\0" in raw[:8192]:
+            if config.on_error == "raise":
+                raise UserError(f"data.paths: {file.path} is a binary file (data.on_error=skip leaves it out)")
+            report.binary_files.append(file.name)
+            continue
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if config.on_error == "raise":
+                raise UserError(
+                    f"data.paths: {file.path} is not UTF-8 at byte {error.start} (data.on_error=skip replaces such bytes)"
+                ) from error
+            text = raw.decode("utf-8", errors="replace")
+            report.invalid_utf8[file.name] = text.count("\ufffd")
+        report.files += 1
+        report.bytes += len(raw)
+        if not report.split_within_files:
+            yield Document(file.name, text, _is_held_out(file.name, config.holdout))
+            continue
+        border = _tail_start(text, config.holdout)
+        yield Document(file.name, text[:border], held_out=False)
+        if text[border:]:
+            yield Document(f"{file.name} (end)", text[border:], held_out=True)
+
+
+def _open(file: SourceFile) -> BinaryIO:
+    try:
+        return file.path.open("rb")
+    except OSError as error:
+        raise UserError(f"data.paths: {file.path} cannot be read: {error.strerror}") from error
+
+
+def _is_held_out(name: str, share: float) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 < share
+
+
+def _tail_start(text: str, share: float) -> int:
+    """Where the held-out end of a text begins: at a line's start if there is one near."""
+    border = int(len(text) * (1 - share))
+    newline = text.find("\n", border)
+    return newline + 1 if 0 <= newline < border + max(1, (len(text) - border) // 2) else border

@@ -1,0 +1,135 @@
+"""GPTConfig: every choice that defines a GPT's shape, checked when it is made.
+
+A config is accepted only if a stock `transformers` architecture can hold it exactly (`stock_architecture`),
+so whatever is trained here can be served elsewhere. Imports no torch: the command line reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Architecture = Literal["GPT2", "Llama", "Qwen2", "Qwen3", "GPTNeoX"]
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT. A 0 in a size means "derived from the others" and is replaced by the number when built.
+
+    Raises:
+        ValueError: sizes that do not fit together, or a combination that no stock architecture can express.
+    """
+
+    vocab_size: int = 0
+    """Number of token ids. 0 in a run's config: as many as the tokenizer has."""
+    context_length: int = 1024
+    """Longest sequence, in tokens."""
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Query heads per block."""
+    n_kv_head: int = 0
+    """Key/value heads per block; fewer than n_head is grouped-query attention. 0: n_head."""
+    head_dim: int = 0
+    """Width of one head. 0: d_model / n_head."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    d_ff: int = 0
+    """Width inside the feed-forward. 0: 4 d_model, or for swiglu 8/3 d_model rounded up to a multiple of 64."""
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    """How position enters: a learned table, the sine table of "Attention Is All You Need", rotation of q and k, or not."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_fraction: float = 1.0
+    """Share of each head that is rotated."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, before the feed-forward, and at the end."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside each norm."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    """Feed-forward non-linearity; swiglu is gated."""
+    bias: bool = True
+    """Biases in every linear layer and layernorm."""
+    qkv_bias: bool = False
+    """Biases on q, k and v even where bias is false (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys (Qwen3)."""
+    tie_embeddings: bool = True
+    """The output head shares the token embedding's weights."""
+    embedding_scale: float = 1.0
+    """Token embeddings are multiplied by this on the way in (sqrt(d_model) in the 2017 transformer)."""
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same input and are added together (GPT-NeoX)."""
+    dropout: float = 0.0
+    """Dropout on embeddings, attention weights and both residual branches, while training."""
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
+        if not self.head_dim:
+            if self.d_model % self.n_head:
+                below = self.d_model // self.n_head * self.n_head
+                near = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
+                raise ValueError(f"d_model={self.d_model} is not divisible by n_head={self.n_head} (nearest: {near}; or set head_dim)")
+            self.head_dim = self.d_model // self.n_head
+        if not self.d_ff:
+            self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.d_model
+        if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} rotates {self.rotary_dim} dimensions; "
+                "it must be an even number of at least 2"
+            )
+        self.stock_architecture()
+
+    def _check_ranges(self) -> None:
+        for name in ("context_length", "n_layer", "n_head", "d_model"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("vocab_size", "n_kv_head", "head_dim", "d_ff"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative (0 means: derived)")
+        for name in ("rope_theta", "norm_eps", "embedding_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction={self.rope_fraction} must be in (0, 1]")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of head_dim's dimensions are rotated."""
+        return int(self.head_dim * self.rope_fraction)
+
+    def stock_architecture(self) -> Architecture:
+        """The `transformers` family that holds this config exactly.
+
+        Raises:
+            ValueError: none does; the message names the field to change.
+        """
+        rms = self.norm == "rmsnorm"
+        family = "Llama, Qwen2, Qwen3" if rms else "GPT-2, GPT-NeoX"
+        because = f"norm={self.norm}"
+        demands: list[tuple[str, object, str]] = []
+        if rms:
+            demands += [("positions", "rotary", because), ("activation", "swiglu", because), ("rope_fraction", 1.0, because)]
+            demands += [("parallel_residual", False, because)]
+            demands += [("bias", False, "qk_norm=True")] if self.qk_norm else []
+        else:
+            demands += [("qk_norm", False, because), ("n_kv_head", self.n_head, because)]
+            demands += [("head_dim", self.d_model / self.n_head, because)]
+            demands += [("parallel_residual", False, f"positions={self.positions}")] if self.positions != "rotary" else []
+            if self.activation == "swiglu":
+                raise ValueError(f"activation=swiglu with {because} must be gelu or gelu_tanh: no stock architecture ({family}) is gated")
+        for name, value, because in demands:
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with {because} must be {value}: no stock architecture ({family}) can hold another"
+                )
+        if self.norm == "layernorm":
+            return "GPTNeoX" if self.positions == "rotary" else "GPT2"
+        if self.qk_norm:
+            return "Qwen3"
+        return "Qwen2" if self.qkv_bias and not self.bias else "Llama"

@@ -1,0 +1,200 @@
+"""The GPT: embeddings, a stack of pre-norm blocks, a final norm and the output head.
+
+Shapes: B batch, T time, E d_model, V vocab_size. Module names are a contract: freezing patterns and checkpoints use them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt.model.attention import Attention, KVCache
+from gpt.model.config import GPTConfig
+from gpt.model.feedforward import FeedForward
+from gpt.model.positions import rotary_tables, sinusoidal_table
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """The config's normalisation over d_model."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, config.norm_eps)
+    return nn.LayerNorm(config.d_model, config.norm_eps, bias=config.bias)
+
+
+class Embeddings(nn.Module):
+    """Tokens to vectors, with absolute positions added where the config has them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.context_length, config.d_model) if config.positions == "learned" else None
+        if config.positions == "sinusoidal":
+            self.register_buffer("table", torch.empty(config.context_length, config.d_model), persistent=False)
+        self.scale = config.embedding_scale
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, offset: int = 0) -> Tensor:
+        """tokens (B, T) int64, the first at position `offset` -> (B, T, E)."""
+        x = self.tokens(tokens)
+        if self.scale != 1.0:
+            x = x * self.scale
+        span = slice(offset, offset + tokens.shape[1])
+        if self.positions is not None:
+            x = x + self.positions.weight[span]
+        elif (table := getattr(self, "table", None)) is not None:
+            x = x + table[span]
+        return self.dropout(x)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm x), then x + feedforward(norm x); or both at once (parallel_residual)."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.feedforward_norm = make_norm(config)
+        self.feedforward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.parallel = config.parallel_residual
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, E) -> (B, T, E)."""
+        attended = self.dropout(self.attention(self.attention_norm(x), rotary, cache))
+        if self.parallel:
+            return x + attended + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        x = x + attended
+        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer language model.
+
+    Args:
+        config: its shape; `vocab_size` must be set.
+
+    The weights are initialised as GPT-2's were (`init_weights`), from torch's default generator: seed it first.
+    Building under `torch.device("meta")` allocates nothing and initialises nothing.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("vocab_size=0: a GPT needs to know its number of token ids")
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = make_norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.positions == "rotary":
+            shape = (config.context_length, config.rotary_dim)
+            self.register_buffer("rotary_cos", torch.empty(shape), persistent=False)
+            self.register_buffer("rotary_sin", torch.empty(shape), persistent=False)
+        self.tie()
+        if not self.head.weight.is_meta:
+            self.init_weights()
+
+    def tie(self) -> None:
+        """Make the head share the token embedding, if the config says so (a move to another device can undo it)."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embeddings.tokens.weight
+
+    @classmethod
+    def materialise(cls, config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
+        """Build on meta, then allocate on `device` once, with tables filled and the parameters' memory uninitialised."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device)
+        model.tie()
+        model.init_tables()
+        return model
+
+    @torch.no_grad()
+    def init_tables(self) -> None:
+        """Fill the position tables, which are computed and never stored."""
+        config = self.config
+        if config.positions == "sinusoidal":
+            table: Tensor = self.embeddings.get_buffer("table")
+            table.copy_(sinusoidal_table(config.context_length, config.d_model))
+        elif config.positions == "rotary":
+            cos, sin = rotary_tables(config.context_length, config.rotary_dim, config.rope_theta)
+            self.get_buffer("rotary_cos").copy_(cos)
+            self.get_buffer("rotary_sin").copy_(sin)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's initialisation (Radford et al. 2019, section 2.3).
+
+        Weights N(0, 0.02), with residual projections scaled by 1/sqrt(2 n_layer); biases 0; norms 1.
+        """
+        self.init_tables()
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and name != "head":
+                nn.init.normal_(module.weight, std=residual_std if name.endswith((".out", ".down")) else 0.02)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                nn.init.ones_(module.weight)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                nn.init.zeros_(bias)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> (B, T, E), after the final norm. With a cache, T tokens are read after those it holds.
+
+        Raises:
+            ValueError: more tokens than context_length.
+        """
+        offset = cache.length if cache is not None else 0
+        end = offset + tokens.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(f"{end} tokens do not fit context_length={self.config.context_length}")
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = (self.get_buffer("rotary_cos")[offset:end], self.get_buffer("rotary_sin")[offset:end])
+        x = self.embeddings(tokens, offset)
+        for block in self.blocks:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.length = end
+        return self.final_norm(x)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V)."""
+        return self.head(self.hidden_states(tokens, cache))
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """How many parameters, each shared one once; without those of the embeddings and a tied head if asked."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if embeddings else total - sum(p.numel() for p in self.embeddings.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token: 6 per matrix parameter, 12 n_layer n_head head_dim T for
+        attention (PaLM, 2022, appendix B), the head counted, the embedding look-up not."""
+        config = self.config
+        matrices = sum(p.numel() for name, p in self.blocks.named_parameters() if p.dim() == 2)
+        head = config.vocab_size * config.d_model
+        return 6 * (matrices + head) + 12 * config.n_layer * config.n_head * config.head_dim * config.context_length
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
+        """Load a Hugging Face checkpoint directory or hub id of a supported architecture (`gpt.model.huggingface`)."""
+        from gpt.model.huggingface import load_pretrained
+
+        return load_pretrained(cls, path, device, dtype)
+
+    def save_pretrained(self, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face directory of a stock architecture, which loads without any code of ours."""
+        from gpt.model.huggingface import save_pretrained
+
+        save_pretrained(self, directory, tokenizer, dtype)
+
+    def compile_blocks(self, compile: Callable[[nn.Module], None]) -> None:
+        """Hand each block to `compile`, in place: module names and checkpoints stay as they are."""
+        for block in self.blocks:
+            compile(block)

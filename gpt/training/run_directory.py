@@ -1,0 +1,108 @@
+"""A run's folder: its name, its lock, what was run and where."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import random
+import string
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from gpt.config import RunConfig
+from gpt.errors import UserError
+from gpt.runtime.device import Device
+
+
+def new_run_id(command: str) -> str:
+    """`<command>-<time>-<4 letters>`; the letters keep apart runs that start in the same second."""
+    letters = "".join(random.SystemRandom().choices(string.ascii_lowercase, k=4))
+    return f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{letters}"
+
+
+class RunDirectory:
+    """The folder `<run.dir>/<run.id>`, made and locked.
+
+    Raises:
+        UserError: it cannot be written, or another process is working in it.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.run.dir) / config.run.id
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock")
+            self._lock.acquire(timeout=0)
+            (self.path / ".lock").touch()
+        except Timeout as error:
+            raise UserError(
+                f"run.id={config.run.id}: another process is working in {self.path}; wait for it or choose another id"
+            ) from error
+        except OSError as error:
+            raise UserError(f"run.dir={config.run.dir}: cannot write {self.path} ({error.strerror})") from error
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.model = self.path / "model"
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write config.yaml: resolved, enough to repeat the run."""
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        self._write("config.yaml", text)
+
+    def write_environment(self, device: Device) -> None:
+        """Write environment.json: what a reader needs to understand a difference between two runs."""
+        self._write("environment.json", json.dumps(describe_environment(device), indent=1))
+
+    def release(self) -> None:
+        """Let other processes have it."""
+        self._lock.release()
+
+    def _write(self, name: str, text: str) -> None:
+        aside = self.path / f".{name}.{os.getpid()}"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, self.path / name)
+
+
+def describe_environment(device: Device) -> dict[str, Any]:
+    """Versions, machine, commit and command line."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from gpt import __version__
+
+    packages = {}
+    for name in ("torch", "transformers", "tokenizers", "tiktoken", "safetensors", "numpy", "hydra-core"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "gpt": __version__,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "device": device.description,
+        "precision": str(device.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        **packages,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit this code runs from, with `+` if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
