@@ -63,7 +63,7 @@ class OptimizerConfig:
 
     name: Literal["muon", "adamw"] = "muon"
     """Muon for the blocks' matrices with AdamW for the rest, or AdamW for everything."""
-    lr: float = 0.02
+    lr: float = 0.01
     """Peak learning rate; under muon, of the blocks' matrices."""
     adam_lr: float = 0.005
     """Under muon: peak learning rate of everything else."""

@@ -1,0 +1,89 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt.model.loss import IGNORE, LinearCrossEntropy
+
+
+def reference(hidden, weight, targets):
+    """The plain loss and its gradients in fp64."""
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    loss = F.cross_entropy((h @ w.T).flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    loss.backward()
+    return loss, h.grad, w.grad
+
+
+def example(rows=37, width=24, vocab=101, scale=3.0):
+    torch.manual_seed(0)
+    hidden = (torch.randn(rows, width) * scale).requires_grad_()
+    weight = torch.randn(vocab, width).requires_grad_()
+    targets = torch.randint(vocab, (rows,))
+    targets[::5] = IGNORE
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37, 1000])
+def test_loss_and_gradients_equal_the_fp64_reference(chunk):
+    hidden, weight, targets = example()
+    expected, hidden_gradient, weight_gradient = reference(hidden, weight, targets)
+    loss = LinearCrossEntropy(chunk=chunk)(hidden, weight, targets)
+    (loss * 2).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), 2 * hidden_gradient, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), 2 * weight_gradient, atol=1e-4, rtol=1e-5)
+    assert not hidden.grad[::5].any()
+
+
+def test_without_gradients_it_is_the_same():
+    hidden, weight, targets = example()
+    expected = reference(hidden, weight, targets)[0].item()
+    with torch.no_grad():
+        assert LinearCrossEntropy(chunk=8)(hidden, weight, targets).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_bf16_is_close():
+    hidden, weight, targets = example(rows=200, scale=1.0)
+    expected, hidden_gradient, weight_gradient = reference(hidden, weight, targets)
+    loss = LinearCrossEntropy(torch.bfloat16)(hidden, weight, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    for ours, exact in ((hidden.grad, hidden_gradient), (weight.grad, weight_gradient)):
+        assert ((ours.double() - exact).norm() / exact.norm()).item() < 2e-2
+
+
+def test_logits_far_from_zero_do_not_overflow():
+    hidden, weight, targets = example(scale=200.0)
+    loss = LinearCrossEntropy()(hidden, weight, targets)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_none():
+    hidden, weight, targets = example()
+    LinearCrossEntropy()(hidden, weight.detach(), targets).backward()
+    torch.testing.assert_close(hidden.grad.double(), reference(hidden, weight, targets)[1], atol=1e-5, rtol=1e-5)
+
+
+def test_all_masked_is_zero_not_nan():
+    hidden, weight, targets = example()
+    loss = LinearCrossEntropy()(hidden, weight, torch.full_like(targets, IGNORE))
+    loss.backward()
+    assert loss.item() == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.slow
+def test_compiled_softmax_is_the_same():
+    hidden, weight, targets = example(rows=64)
+    loss = LinearCrossEntropy(chunk=32)
+    plain = loss(hidden, weight, targets)
+    plain.backward()
+    gradient, hidden.grad = hidden.grad, None
+    loss.compile_softmax(dynamic=False)
+    compiled = loss(hidden, weight, targets)
+    compiled.backward()
+    assert compiled.item() == pytest.approx(plain.item(), rel=1e-6)
+    torch.testing.assert_close(hidden.grad, gradient, atol=1e-5, rtol=1e-5)

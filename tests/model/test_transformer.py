@@ -1,0 +1,168 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt import GPT, GPTConfig
+from gpt.model.attention import KVCache, _plain_causal_attention, causal_attention
+from gpt.model.positions import rotary_tables, rotate, sinusoidal_table
+
+SHAPES = {
+    "gpt2": {},
+    "gpt2 without biases": {"bias": False, "tie_embeddings": False},
+    "sinusoidal": {"positions": "sinusoidal", "embedding_scale": 8.0},
+    "no positions": {"positions": "none", "activation": "gelu"},
+    "llama": {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "n_kv_head": 2},
+    "qwen3": {
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "bias": False,
+        "qk_norm": True,
+        "n_kv_head": 1,
+        "head_dim": 24,
+    },
+    "neox": {"positions": "rotary", "rope_fraction": 0.25, "parallel_residual": True},
+}
+
+
+def small(**changes) -> GPT:
+    torch.manual_seed(0)
+    values = {"vocab_size": 97, "context_length": 24, "n_layer": 3, "n_head": 4, "d_model": 64} | changes
+    model = GPT(GPTConfig(**values))
+    with torch.no_grad():
+        for p in model.parameters():  # far from the initial values, where every part matters
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@pytest.fixture(params=SHAPES, ids=lambda name: name.replace(" ", "-"))
+def model(request) -> GPT:
+    return small(**SHAPES[request.param])
+
+
+def test_nothing_leaks_from_the_future(model):
+    tokens = torch.randint(97, (2, 24))
+    changed = tokens.clone()
+    changed[:, 15] = (changed[:, 15] + 1) % 97
+    for context in (torch.no_grad, torch.enable_grad):  # two attention paths
+        with context():
+            before, after = model(tokens), model(changed)
+        assert torch.equal(before[:, :15], after[:, :15])
+        assert not torch.allclose(before[:, 15:], after[:, 15:], atol=1e-3)
+
+
+def test_cache_equals_full_forward(model):
+    model.eval()
+    tokens = torch.randint(97, (2, 24))
+    with torch.no_grad():
+        full = model(tokens)
+        for pieces in ([24], [10, 1, 1, 5, 7], [1] * 24):
+            cache = KVCache(model.config, 2, 24)
+            parts = [model(piece, cache) for piece in tokens.split(pieces, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, 1), full, atol=2e-5, rtol=1e-4)
+
+
+def test_a_sequence_too_long_is_refused(model):
+    with pytest.raises(ValueError, match="context_length=24"):
+        model(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_gradients_reach_every_parameter(model):
+    model(torch.randint(97, (2, 24))).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        if not name.endswith("k.bias"):  # a bias on the keys shifts all scores alike: its gradient is 0
+            assert p.grad.abs().sum() > 0, name
+
+
+def test_module_names_are_the_contract():
+    names = dict(small(**SHAPES["qwen3"], tie_embeddings=False).named_modules())
+    expected = "embeddings.tokens blocks.0.attention_norm blocks.0.attention.q blocks.0.attention.k blocks.0.attention.v "
+    expected += "blocks.0.attention.out blocks.0.attention.q_norm blocks.0.attention.k_norm blocks.0.feedforward_norm "
+    expected += "blocks.0.feedforward.up blocks.0.feedforward.gate blocks.0.feedforward.down final_norm head"
+    assert set(expected.split()) <= names.keys()
+    assert "embeddings.positions" in dict(small().named_modules())
+
+
+def test_initialisation_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=5000, context_length=64, n_layer=8, n_head=4, d_model=256))
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.ones_like(p) if "norm" in name and "weight" in name else torch.zeros_like(p)), name
+        else:
+            std = 0.02 / math.sqrt(16) if name.endswith(("out.weight", "down.weight")) else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+    loss = F.cross_entropy(model(torch.randint(5000, (4, 64))).flatten(0, 1), torch.randint(5000, (256,)))
+    assert loss.item() == pytest.approx(math.log(5000), rel=0.02)
+
+
+def test_built_on_meta_first_it_is_the_same_model():
+    config = GPTConfig(vocab_size=50, context_length=16, n_layer=2, n_head=2, d_model=32, **SHAPES["neox"])
+    direct = GPT(config)
+    torch.manual_seed(3)
+    direct.init_weights()
+    torch.manual_seed(3)
+    materialised = GPT.materialise(config)
+    materialised.init_weights()
+    tokens = torch.randint(50, (1, 16))
+    assert torch.equal(direct(tokens), materialised(tokens))
+    assert materialised.head.weight is materialised.embeddings.tokens.weight
+
+
+def test_dropout_acts_only_in_training():
+    model = small(dropout=0.3)
+    tokens = torch.randint(97, (2, 24))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_plain_attention_is_the_fused_one(heads):
+    n_head, n_kv_head = heads
+    q, k, v = torch.randn(2, n_head, 33, 16), torch.randn(2, n_kv_head, 33, 16), torch.randn(2, n_kv_head, 33, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(_plain_causal_attention(q, k, v), causal_attention(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def test_sinusoidal_table_is_the_papers_formula():
+    table = sinusoidal_table(50, 7)
+    for position in (0, 1, 17, 49):
+        for i in range(7):
+            angle = position / 10000 ** (2 * (i // 2) / 7)
+            assert table[position, i].item() == pytest.approx(math.cos(angle) if i % 2 else math.sin(angle), abs=1e-6)
+
+
+def test_rotation_depends_on_distance_alone():
+    cos, sin = rotary_tables(64, 16, 10000.0)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(at_q: int, at_k: int) -> float:
+        return (rotate(q, cos[at_q : at_q + 1], sin[at_q : at_q + 1]) * rotate(k, cos[at_k : at_k + 1], sin[at_k : at_k + 1])).sum().item()
+
+    assert score(5, 2) == pytest.approx(score(40, 37), abs=1e-4)
+    assert score(5, 2) != pytest.approx(score(5, 4), abs=1e-3)
+    torch.testing.assert_close(rotate(q, cos[9:10], sin[9:10]).norm(), q.norm())
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_gpt2_presets_have_the_published_size(preset, parameters):
+    from gpt.compose import compose_run
+
+    with torch.device("meta"):
+        assert GPT(compose_run("pretrain", [f"model={preset}"]).model).num_parameters() == parameters
+
+
+def test_flops_per_token_counts_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small(**SHAPES["llama"])
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(97, (2, 24))).sum().backward()
+    assert model.flops_per_token() * 48 == pytest.approx(counter.get_total_flops(), rel=0.01)
