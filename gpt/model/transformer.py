@@ -47,7 +47,7 @@ class Embeddings(nn.Module):
         if self.positions is not None:
             x = x + self.positions.weight[span]
         elif (table := getattr(self, "table", None)) is not None:
-            x = x + table[span]
+            x = x + table[span].to(x.dtype)
         return self.dropout(x)
 
 
@@ -105,10 +105,12 @@ class GPT(nn.Module):
             self.head.weight = self.embeddings.tokens.weight
 
     @classmethod
-    def materialise(cls, config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
-        """Build on meta, then allocate on `device` once, with tables filled and the parameters' memory uninitialised."""
+    def materialise(cls, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+        """Build on meta, then allocate on `device` once: parameters of `dtype`, uninitialised, and fp32 position tables, filled."""
         with torch.device("meta"):
             model = cls(config)
+        for p in model.parameters():
+            p.data = p.data.to(dtype)
         model.to_empty(device=device)
         model.tie()
         model.init_tables()

@@ -1,0 +1,319 @@
+"""The stock architectures that hold a GPT exactly: how each names its settings, and names and lays out its tensors.
+
+One table per family, read in both directions. A setting that our model has no counterpart for is refused by name, never
+approximated. What `transformers` 5.23 reads was read in its source; the keys that older readers need are written beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gpt.model.config import GPTConfig
+
+# How a checkpoint lays out a matrix: as our nn.Linear (out, in); as GPT-2's Conv1D (in, out), fused parts side by side;
+# or as GPT-NeoX's query_key_value (out, in), whose rows go head by head through q, k, v.
+Layout = Literal["linear", "conv1d", "by_head"]
+
+# (module of the family, ours, layout, whether it has a bias or the config key that says so), for one block.
+ModuleEntry = tuple[str, tuple[str, ...], Layout, bool | str]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One stock architecture: its names, and what `transformers` takes for a key that config.json lacks."""
+
+    class_name: str
+    root: str
+    tokens: str
+    block: str
+    final_norm: str
+    modules: tuple[ModuleEntry, ...]
+    activation_key: str
+    dropout_keys: tuple[str, ...]
+    defaults: dict[str, Any]
+    positions: str | None = None
+    norm_bias: bool = False
+    head: str = "lm_head"
+
+
+def _llama_like(class_name: str, qkv_bias: bool | str, out_bias: bool | str, mlp_bias: bool | str, qk_norm: bool = False) -> Family:
+    head_norms: tuple[ModuleEntry, ...] = (
+        ("self_attn.q_norm", ("attention.q_norm",), "linear", False),
+        ("self_attn.k_norm", ("attention.k_norm",), "linear", False),
+    )
+    return Family(
+        class_name, "model", "embed_tokens", "layers", "norm",
+        (
+            ("input_layernorm", ("attention_norm",), "linear", False),
+            ("self_attn.q_proj", ("attention.q",), "linear", qkv_bias),
+            ("self_attn.k_proj", ("attention.k",), "linear", qkv_bias),
+            ("self_attn.v_proj", ("attention.v",), "linear", qkv_bias),
+            ("self_attn.o_proj", ("attention.out",), "linear", out_bias),
+            *(head_norms if qk_norm else ()),
+            ("post_attention_layernorm", ("feedforward_norm",), "linear", False),
+            ("mlp.gate_proj", ("feedforward.gate",), "linear", mlp_bias),
+            ("mlp.up_proj", ("feedforward.up",), "linear", mlp_bias),
+            ("mlp.down_proj", ("feedforward.down",), "linear", mlp_bias),
+        ),
+        activation_key="hidden_act",
+        dropout_keys=("attention_dropout",),
+        defaults={"tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False},
+    )  # fmt: skip
+
+
+_QKV = ("attention.q", "attention.k", "attention.v")
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        "GPT2LMHeadModel", "transformer", "wte", "h", "ln_f",
+        (
+            ("ln_1", ("attention_norm",), "linear", True),
+            ("attn.c_attn", _QKV, "conv1d", True),
+            ("attn.c_proj", ("attention.out",), "conv1d", True),
+            ("ln_2", ("feedforward_norm",), "linear", True),
+            ("mlp.c_fc", ("feedforward.up",), "conv1d", True),
+            ("mlp.c_proj", ("feedforward.down",), "conv1d", True),
+        ),
+        activation_key="activation_function",
+        dropout_keys=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        defaults={
+            "tie_word_embeddings": True, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+            "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1,
+        },
+        positions="wpe",
+        norm_bias=True,
+    ),
+    "llama": _llama_like("LlamaForCausalLM", "attention_bias", "attention_bias", "mlp_bias"),
+    "qwen2": _llama_like("Qwen2ForCausalLM", True, False, False),
+    "qwen3": _llama_like("Qwen3ForCausalLM", "attention_bias", "attention_bias", False, qk_norm=True),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM", "gpt_neox", "embed_in", "layers", "final_layer_norm",
+        (
+            ("input_layernorm", ("attention_norm",), "linear", True),
+            ("attention.query_key_value", _QKV, "by_head", "attention_bias"),
+            ("attention.dense", ("attention.out",), "linear", "attention_bias"),
+            ("post_attention_layernorm", ("feedforward_norm",), "linear", True),
+            ("mlp.dense_h_to_4h", ("feedforward.up",), "linear", True),
+            ("mlp.dense_4h_to_h", ("feedforward.down",), "linear", True),
+        ),
+        activation_key="hidden_act",
+        dropout_keys=("attention_dropout", "hidden_dropout"),
+        defaults={
+            "tie_word_embeddings": False, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "attention_bias": True,
+            "use_parallel_residual": True, "rotary_pct": 0.25,
+        },
+        norm_bias=True,
+        head="embed_out",  # in files; transformers 5 renames it to lm_head as it loads, and back as it saves
+    ),
+}  # fmt: skip
+MODEL_TYPES = {"GPT2": "gpt2", "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "GPTNeoX": "gpt_neox"}
+
+# transformers has several names for one function; the first is the one that older readers know, and is what we write.
+ACTIVATIONS = {
+    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+    "gelu": ("gelu", "gelu_python"),
+    "swiglu": ("silu", "swish"),
+}
+# Keys that change what a model computes and that ours has no counterpart for: fine only when absent, null, false or 0.
+UNSUPPORTED = (
+    "quantization_config", "per_layer_config", "is_encoder_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size", "no_rope_layers",
+    "num_experts", "num_local_experts", "n_routed_experts",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint and the parameters of ours that make it up."""
+
+    name: str
+    ours: tuple[str, ...]
+    layout: Layout = "linear"
+
+    def pack(self, parts: list[Tensor], n_head: int) -> Tensor:
+        """Our parameters, each (out, in) or (out,), to the checkpoint's tensor."""
+        if self.layout == "by_head":
+            heads = [part.unflatten(0, (n_head, -1)) for part in parts]  # each (H, D, ...)
+            return torch.stack(heads, dim=1).flatten(0, 2)
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return whole.t() if self.layout == "conv1d" and whole.dim() == 2 else whole
+
+    def unpack(self, tensor: Tensor, n_head: int) -> list[Tensor]:
+        """The inverse of `pack`: views wherever they can be."""
+        if self.layout == "by_head":
+            return [part.flatten(0, 1) for part in tensor.unflatten(0, (n_head, len(self.ours), -1)).unbind(1)]
+        whole = tensor.t() if self.layout == "conv1d" and tensor.dim() == 2 else tensor
+        return list(whole.chunk(len(self.ours)))
+
+
+def stored_tensors(n_layer: int, values: dict[str, Any]) -> Iterator[StoredTensor]:
+    """Every tensor that a checkpoint with this config.json holds, in order.
+
+    Args:
+        n_layer: number of blocks.
+        values: from `to_hf_config` or `complete`.
+    """
+    family = FAMILIES[values["model_type"]]
+    yield StoredTensor(f"{family.root}.{family.tokens}.weight", ("embeddings.tokens.weight",))
+    if family.positions:
+        yield StoredTensor(f"{family.root}.{family.positions}.weight", ("embeddings.positions.weight",))
+    for layer in range(n_layer):
+        for name, ours, layout, bias in family.modules:
+            for kind in ("weight", "bias") if (values[bias] if isinstance(bias, str) else bias) else ("weight",):
+                parts = tuple(f"blocks.{layer}.{module}.{kind}" for module in ours)
+                yield StoredTensor(f"{family.root}.{family.block}.{layer}.{name}.{kind}", parts, layout)
+    for kind in ("weight", "bias") if family.norm_bias else ("weight",):
+        yield StoredTensor(f"{family.root}.{family.final_norm}.{kind}", (f"final_norm.{kind}",))
+    if not values["tie_word_embeddings"]:
+        yield StoredTensor(f"{family.head}.weight", ("head.weight",))
+
+
+def to_hf_config(config: GPTConfig) -> dict[str, Any]:
+    """Our config as the config.json of its stock architecture; token ids and dtype are not in it."""
+    model_type = MODEL_TYPES[config.stock_architecture()]
+    family = FAMILIES[model_type]
+    values: dict[str, Any] = {
+        "architectures": [family.class_name],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        # A scaled input embedding is written already scaled, so it can no longer be the head.
+        "tie_word_embeddings": config.tie_embeddings and config.embedding_scale == 1.0,
+        family.activation_key: ACTIVATIONS[config.activation][0],
+        **dict.fromkeys(family.dropout_keys, config.dropout),
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+    if model_type == "gpt2":
+        return values | {
+            "n_positions": config.context_length, "n_ctx": config.context_length, "n_embd": config.d_model, "n_layer": config.n_layer,
+            "n_head": config.n_head, "n_inner": config.d_ff, "layer_norm_epsilon": config.norm_eps, "scale_attn_weights": True,
+        }  # fmt: skip
+    # transformers 5 reads rope_parameters; older releases and other servers read the keys beside it.
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    values |= {
+        "max_position_embeddings": config.context_length, "hidden_size": config.d_model, "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "rope_theta": config.rope_theta, "rope_parameters": rope,
+    }  # fmt: skip
+    if model_type == "gpt_neox":
+        rope["partial_rotary_factor"] = config.rope_fraction
+        return values | {
+            "layer_norm_eps": config.norm_eps, "use_parallel_residual": config.parallel_residual, "attention_bias": True,
+            "rotary_pct": config.rope_fraction, "rotary_emb_base": config.rope_theta,
+        }  # fmt: skip
+    values |= {
+        "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.bias or config.qkv_bias, "mlp_bias": config.bias,
+    }  # fmt: skip
+    return values if model_type == "llama" else values | {"use_sliding_window": False, "sliding_window": None}
+
+
+def complete(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A config.json without its nulls, and with what `transformers` takes for the keys that it lacks.
+
+    Raises:
+        ValueError: its model_type is none of ours.
+    """
+    if values.get("model_type") not in FAMILIES:
+        raise ValueError(f"{where}: model_type={values.get('model_type')!r} cannot be loaded; {', '.join(FAMILIES)} can")
+    return FAMILIES[values["model_type"]].defaults | {key: value for key, value in values.items() if value is not None}
+
+
+def from_hf_config(values: dict[str, Any], where: str) -> GPTConfig:
+    """The content of a config.json as our config.
+
+    Args:
+        values: from `complete`.
+        where: the file's name, for messages.
+
+    Raises:
+        ValueError: a key is missing, or says something that our model does not compute.
+    """
+    model_type, family = values["model_type"], FAMILIES[values["model_type"]]
+
+    def size(key: str) -> int:
+        if type(values.get(key)) is not int:
+            raise ValueError(f"{where}: {key}={values.get(key)!r} must be a whole number in the config.json of a {model_type} model")
+        return values[key]
+
+    _refuse_unsupported(values, where)
+    activation = next((ours for ours, names in ACTIVATIONS.items() if values[family.activation_key] in names), None)
+    if activation is None or (activation == "swiglu") == family.norm_bias:
+        raise ValueError(_unsupported(where, family.activation_key, values[family.activation_key]))
+    dropouts = {values.get(key, 0.0) for key in family.dropout_keys}
+    if len(dropouts) > 1:
+        warnings.warn(f"{where}: {', '.join(family.dropout_keys)} differ, and GPT has one dropout: it is set to 0", stacklevel=4)
+    common: dict[str, Any] = {
+        "vocab_size": size("vocab_size"),
+        "activation": activation,
+        "tie_embeddings": values["tie_word_embeddings"],
+        "dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
+    }
+    if model_type == "gpt2":
+        common |= {
+            "context_length": size("n_positions"), "n_layer": size("n_layer"), "n_head": size("n_head"), "d_model": size("n_embd"),
+            "d_ff": size("n_inner") if "n_inner" in values else 0, "norm_eps": values["layer_norm_epsilon"], "positions": "learned",
+        }  # fmt: skip
+    else:
+        theta, fraction = _rope(values, where)
+        common |= {
+            "context_length": size("max_position_embeddings"), "n_layer": size("num_hidden_layers"), "n_head": size("num_attention_heads"),
+            "d_model": size("hidden_size"), "d_ff": size("intermediate_size"), "positions": "rotary",
+            "rope_theta": theta, "rope_fraction": fraction,
+        }  # fmt: skip
+    if model_type == "gpt_neox":
+        common |= {"norm_eps": values["layer_norm_eps"], "parallel_residual": values["use_parallel_residual"]}
+    elif model_type != "gpt2":
+        # Defaults of the stock classes: Llama's are derived, Qwen's are those of its largest model.
+        kv_heads, head_dim = (32 if model_type.startswith("qwen") else 0), (128 if model_type == "qwen3" else 0)
+        common |= {
+            "norm": "rmsnorm", "norm_eps": values["rms_norm_eps"],
+            "n_kv_head": size("num_key_value_heads") if "num_key_value_heads" in values else kv_heads,
+            "head_dim": size("head_dim") if "head_dim" in values else head_dim,
+            "bias": model_type == "llama" and (values["attention_bias"] or values["mlp_bias"]),
+            "qkv_bias": model_type == "qwen2" or (model_type == "qwen3" and values["attention_bias"]), "qk_norm": model_type == "qwen3",
+        }  # fmt: skip
+    try:
+        return GPTConfig(**common)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _unsupported(where: str, key: str, value: object) -> str:
+    return f"{where}: {key}={json.dumps(value)} is not supported, and without it this would be another model; load it with transformers"
+
+
+def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
+    for key in UNSUPPORTED:
+        if values.get(key):
+            raise ValueError(_unsupported(where, key, values[key]))
+    if not values.get("scale_attn_weights", True):
+        raise ValueError(_unsupported(where, "scale_attn_weights", False))
+    if set(values.get("layer_types", ())) - {"full_attention"}:
+        raise ValueError(_unsupported(where, "layer_types", sorted(set(values["layer_types"]))))
+    # Qwen's sliding_window counts only with use_sliding_window, and only from layer max_window_layers on.
+    if values["model_type"].startswith("qwen"):
+        if values.get("use_sliding_window") and values.get("max_window_layers", 28) < values.get("num_hidden_layers", 0):
+            raise ValueError(_unsupported(where, "use_sliding_window", True))
+    elif values.get("sliding_window"):
+        raise ValueError(_unsupported(where, "sliding_window", values["sliding_window"]))
+
+
+def _rope(values: dict[str, Any], where: str) -> tuple[float, float]:
+    """rope_theta and rope_fraction, with the precedence that transformers 5 gives to the places where they can stand."""
+    neox = values["model_type"] == "gpt_neox"
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    rope = values.get(key) or {}
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if rope.get("rope_type", rope.get("type", "default")) != "default" or set(rope) - known:
+        raise ValueError(_unsupported(where, key, rope))
+    theta = rope.get("rope_theta") or values.get("rotary_emb_base" if neox else "rope_theta", 10000.0)
+    fraction = rope.get("partial_rotary_factor", values["rotary_pct"] if neox else values.get("partial_rotary_factor", 1.0))
+    if not neox and fraction != 1:
+        raise ValueError(_unsupported(where, "partial_rotary_factor", fraction))
+    return float(theta), float(fraction)

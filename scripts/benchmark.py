@@ -1,0 +1,154 @@
+"""The measurements behind benchmarks/RESULTS.md: `make bench`, or `make bench ARGS="loss attention"` for some of them.
+
+What is compared runs in turn, A B A B, in one process, and medians are given, so that a machine whose speed drifts does not
+favour either. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from gpt.compose import compose_run
+from gpt.data.tokenizer import Tokenizer, train_bpe
+from gpt.model.attention import _plain_causal_attention
+from gpt.model.loss import LinearCrossEntropy
+from gpt.model.transformer import GPT
+from gpt.runtime.compiling import compile_model
+from gpt.runtime.device import find_device
+from gpt.training.optimizer import build_optimizers
+
+DEVICE = find_device("auto", "auto")
+
+
+def in_turn(candidates: dict[str, Callable[[], object]], runs: int = 9) -> dict[str, float]:
+    """Name -> median seconds, after two warm-up runs of each."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(runs + 2):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            DEVICE.synchronize()
+            if number >= 2:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def table(title: str, rows: dict[str, float], scale: float = 1e3, unit: str = "ms") -> None:
+    """Print a Markdown table, each row relative to the first."""
+    print(f"\n### {title}\n\n| | {unit} | relative |\n| --- | ---: | ---: |")
+    first = next(iter(rows.values()))
+    for name, value in rows.items():
+        print(f"| {name} | {value * scale:,.1f} | {value / first:.2f} |")
+
+
+def attention() -> None:
+    """Forward and backward of causal attention in the default model's shape."""
+    for B, T, H, D in ((16, 256, 3, 64), (8, 512, 3, 64), (4, 1024, 3, 64)):
+        q, k, v = (torch.randn(B, T, H, D, device=DEVICE.type, dtype=DEVICE.dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+        gradient = torch.randn(B, H, T, D, device=DEVICE.type, dtype=DEVICE.dtype)
+        rows = in_turn(
+            {
+                "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient),  # noqa: B023
+                "two products around a softmax": lambda: _plain_causal_attention(q, k, v).backward(gradient),  # noqa: B023
+            }
+        )
+        table(f"attention, B {B}, T {T}, {H} heads of {D}, forward + backward", rows)
+
+
+def loss() -> None:
+    """Forward and backward of the loss."""
+    for N, E, V in ((4096, 192, 2048), (4096, 384, 8192)):
+        hidden = torch.randn(N, E, device=DEVICE.type, requires_grad=True)
+        weight = (torch.randn(V, E, device=DEVICE.type) * 0.02).requires_grad_()
+        targets = torch.randint(V, (N,), device=DEVICE.type)
+        ours, compiled = LinearCrossEntropy(DEVICE.dtype), LinearCrossEntropy(DEVICE.dtype)
+        compiled.compile_softmax(dynamic=False)
+
+        def plain() -> None:
+            with DEVICE.autocast():
+                logits = F.linear(hidden, weight)  # noqa: B023
+            F.cross_entropy(logits.float(), targets, reduction="sum").backward()  # noqa: B023
+
+        candidates = {
+            "linear, cross_entropy": plain,
+            "ours, eager": lambda: ours(hidden, weight, targets).backward(),  # noqa: B023
+            "ours, softmax compiled": lambda: compiled(hidden, weight, targets).backward(),  # noqa: B023
+        }
+        if fused := getattr(F, "linear_cross_entropy", None):
+            low = hidden.detach().to(DEVICE.dtype).requires_grad_(), weight.detach().to(DEVICE.dtype).requires_grad_()
+            candidates["torch's linear_cross_entropy"] = lambda: fused(*low, targets, reduction="sum").backward()  # noqa: B023
+        table(f"loss, N {N}, d {E}, V {V}, forward + backward", in_turn(candidates))
+
+
+def step() -> None:
+    """A training step of the default model, eager and compiled."""
+    config = compose_run("pretrain", ["model.vocab_size=2048"])
+    tokens = torch.randint(2048, (config.train.batch_tokens // config.model.context_length, config.model.context_length + 1))
+    tokens = tokens.to(DEVICE.type)
+
+    def make(compiled: bool) -> Callable[[], object]:
+        model, loss = GPT(config.model).to(DEVICE.type), LinearCrossEntropy(DEVICE.dtype)
+        model.tie()
+        if compiled:
+            compile_model(model, loss)
+        optimizers = build_optimizers(config.optimizer, model)
+
+        def run() -> None:
+            with DEVICE.autocast():
+                hidden = model.hidden_states(tokens[:, :-1])
+            (loss(hidden, model.head.weight, tokens[:, 1:]) / config.train.batch_tokens).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return run
+
+    rows = in_turn({"compiled": make(True), "eager": make(False)}, runs=15)
+    table("training step of the default model", rows)
+    flops = 6 * sum(p.numel() for p in GPT(config.model).parameters()) * config.train.batch_tokens
+    square = torch.randn(2048, 2048, device=DEVICE.type, dtype=DEVICE.dtype)
+    rate = 2 * 2048**3 / in_turn({"product": lambda: square @ square})["product"]
+    for name, seconds in rows.items():
+        print(
+            f"- {name}: {config.train.batch_tokens / seconds:,.0f} tokens/s, {flops / seconds / rate:.0%} of a 2048^3 {DEVICE.dtype} product's rate"
+        )
+
+
+def encoding() -> None:
+    """Turning text into ids."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts = [p.read_text(encoding="utf-8") for p in sorted(root.glob("*.py"))]
+    size = sum(len(t.encode()) for t in texts)
+    slow = train_bpe(texts, 2048)
+    fast = Tokenizer(slow.backend, check=texts[0])
+    if not fast.is_fast:
+        raise SystemExit("the fast encoder was not taken")
+    rows = in_turn({"tiktoken": lambda: fast.encode_batch(texts), "tokenizers": lambda: slow.encode_batch(texts)}, runs=3)
+    table(f"encoding {size / 1e6:.1f} MB with a vocabulary of 2048", rows)
+    for name, seconds in rows.items():
+        print(f"- {name}: {size / 1e6 / seconds:.1f} MB/s")
+
+
+BENCHMARKS = {"attention": attention, "loss": loss, "step": step, "encoding": encoding}
+
+
+def main() -> None:
+    """Run the benchmarks named on the command line, or all."""
+    names = sys.argv[1:] or list(BENCHMARKS)
+    if unknown := set(names) - BENCHMARKS.keys():
+        raise SystemExit(f"no such benchmark: {', '.join(sorted(unknown))}; there are: {', '.join(BENCHMARKS)}")
+    print(f"{DEVICE.description}, {DEVICE.dtype}, torch {torch.__version__}")
+    for name in names:
+        BENCHMARKS[name]()
+
+
+if __name__ == "__main__":
+    main()
