@@ -36,7 +36,7 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a metrics file; none if there is no file."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:  # cut short by a kill

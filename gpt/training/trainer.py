@@ -88,11 +88,9 @@ class Trainer:
                 return Result(128 + interrupted, self.directory.path, self.state)
             return self._finish()
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) not in _DISK_FULL and not isinstance(error, SafetensorError):
+            if isinstance(error, OSError) and error.errno not in _DISK_FULL:
                 raise
-            kept = list_checkpoints(self.directory.checkpoints)
-            last = f"; the last checkpoint is {kept[-1][1]}" if kept else ""
-            raise UserError(f"run.dir: cannot write {self.directory.path} ({error}){last}") from error
+            raise UserError(f"run.dir: {self.directory.path} could not be written ({error}); {self._last_checkpoint()}") from error
         finally:
             self.directory.release()
 
@@ -287,12 +285,14 @@ class Trainer:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            kept = list_checkpoints(self.directory.checkpoints)
-            last = f"the last checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
             raise UserError(
                 f"training diverged: {state.skipped_in_a_row} steps in a row up to step {state.step + 1} had a loss or gradient that is "
-                f"not finite; {last}. Try a lower optimizer.lr (now {self.config.optimizer.lr:g}) or precision=fp32"
+                f"not finite; {self._last_checkpoint()}. Try a lower optimizer.lr (now {self.config.optimizer.lr:g}) or precision=fp32"
             )
+
+    def _last_checkpoint(self) -> str:
+        kept = list_checkpoints(self.directory.checkpoints)
+        return f"the last checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
 
     def _log(self, factor: float, grad_norm: float, seconds: float) -> dict[str, Any]:
         state, config = self.state, self.config
@@ -343,7 +343,8 @@ class Trainer:
             save_checkpoint(self.directory.checkpoints, self.model, self.optimizers, self.state, self.config.checkpoint.keep_last)
         except OSError as error:
             if required:
-                raise
+                problem = f"run.dir: the checkpoint of step {self.state.step} could not be written ({error})"
+                raise UserError(f"{problem}; {self._last_checkpoint()}") from error
             progress.say(f"warning: the checkpoint of step {self.state.step} could not be written ({error}); training goes on")
 
     # After the last step

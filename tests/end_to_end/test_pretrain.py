@@ -1,0 +1,212 @@
+"""The command as a user runs it: in a process of its own, killed, interrupted, fed bad input."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt import GPT
+from gpt.training.checkpoint import list_checkpoints
+from gpt.training.metrics import read_metrics
+
+SMALL = [
+    "debug=golden",
+    "data=text",
+    "train.log_every=1",
+    "train.eval_tokens=1024",
+    "train.final_eval_tokens=1024",
+    "train.sample_tokens=8",
+]
+
+
+@pytest.fixture
+def command(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., list[str]]:
+    def make(*overrides: str) -> list[str]:
+        places = [f"data.paths=[{corpus}]", f"data.cache_dir={cache_dir}", f"run.dir={tmp_path / 'runs'}"]
+        return [sys.executable, "-m", "gpt", "pretrain", *SMALL, *places, *overrides]
+
+    return make
+
+
+def run(arguments: list[str], **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, **options)
+
+
+def wait_for_step(run_directory: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(m["step"] >= step for m in read_metrics(run_directory / "metrics.jsonl")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was never reached")
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    losses = [{m["step"]: m["loss"] for m in read_metrics(r / "metrics.jsonl") if "loss" in m} for r in (a, b)]
+    assert losses[0] == losses[1]
+    weights = [load_file(list_checkpoints(r / "checkpoints")[-1][1] / "model.safetensors") for r in (a, b)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] | weights[1])
+
+
+def test_killed_and_resumed_it_ends_as_if_it_had_not_been(command, tmp_path):
+    settings = ["train.budget=60steps", "checkpoint.every=7steps", "model.dropout=0.1", "train.eval_every=20", "train.batch_tokens=4096"]
+    assert run(command(*settings, "run.id=whole")).returncode == 0
+    killed = tmp_path / "runs" / "killed"
+    for step in (10, 33):
+        process = subprocess.Popen(command(*settings, "run.id=killed"), stderr=subprocess.DEVNULL)
+        wait_for_step(killed, step, process)
+        process.kill()
+        process.wait()
+    again = run(command(*settings, "run.id=killed"))
+    assert again.returncode == 0, again.stderr
+    assert "resuming from" in again.stderr
+    assert_same_end(tmp_path / "runs" / "whole", killed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_checkpoint_within_seconds(command, tmp_path, number, code):
+    process = subprocess.Popen(command("train.budget=100000steps", "run.id=long"), stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "runs" / "long", 5, process)
+    started = time.monotonic()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert time.monotonic() - started < 10
+    assert "continue with: gpt pretrain resume=" in stderr
+    checkpoint = list_checkpoints(tmp_path / "runs" / "long" / "checkpoints")[-1]
+    assert (checkpoint[1] / "COMPLETE").is_file()
+    generated = run([sys.executable, "-m", "gpt", "generate", f"model={tmp_path / 'runs/long'}", "prompt=import ", "max_tokens=5"])
+    assert generated.returncode == 0, generated.stderr
+    assert "has not finished" in generated.stderr
+
+
+def test_resume_by_directory_takes_the_runs_own_config(command, tmp_path):
+    assert run(command("train.budget=3steps", "run.id=a", "model.d_model=96")).returncode == 0
+    done = run([sys.executable, "-m", "gpt", "pretrain", f"resume={tmp_path / 'runs' / 'a'}", "train.budget=5steps"])
+    assert done.returncode == 0, done.stderr
+    assert "at step 3" in done.stderr
+    assert read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")[-1]["step"] == 5
+    refused = run([sys.executable, "-m", "gpt", "pretrain", f"resume={tmp_path / 'runs' / 'a'}", "model.d_model=64"])
+    assert refused.returncode == 2
+    assert "model.d_model=64" in refused.stderr
+
+
+def test_the_exported_model_is_ours_to_the_last_digit(command, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run(command("run.id=a", "tokenizer=bpe", "tokenizer.vocab_size=400")).returncode == 0
+    folder = tmp_path / "runs" / "a" / "model"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = GPT.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("def main():\n    return 1\n", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids)).abs().max().item() <= 1e-5
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+
+
+def test_generate_streams_and_is_reproducible(command, tmp_path):
+    assert run(command("run.id=a")).returncode == 0
+    for where in ("a", "a/model"):
+        generate = [sys.executable, "-m", "gpt", "generate", f"model={tmp_path / 'runs' / where}", "prompt=import ", "max_tokens=30"]
+        one, two = run([*generate, "seed=1"]), run([*generate, "seed=1"])
+        assert one.returncode == 0, one.stderr
+        assert one.stdout.startswith("import ")
+        assert one.stdout == two.stdout
+        assert run([*generate, "seed=2"]).stdout != one.stdout
+        assert run([*generate, "temperature=0"]).stdout == run([*generate, "temperature=0", "seed=5"]).stdout
+
+
+def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    """Name -> overrides and what the sentence must contain."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text("  \n")
+    (tmp_path / "short.txt").write_text("only a few words")
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 50)
+    (tmp_path / "latin.txt").write_bytes("un caf\xe9 ".encode("latin-1") * 2000)
+    (tmp_path / "words.txt").write_text("one two three " * 2000)
+    text = lambda name: f"data.paths=[{tmp_path / name}]"  # noqa: E731
+    return {
+        "empty folder": ([text("empty")], "has no files"),
+        "nothing but blanks": ([text("blank.txt")], "there is no text"),
+        "no match": ([text("*.md")], "no file matches"),
+        "shorter than a context": ([text("short.txt")], "model.context_length=64"),
+        "binary only": ([text("binary.bin")], "1 binary"),
+        "binary, strict": ([text("binary.bin"), "data.on_error=raise"], "is a binary file"),
+        "not utf-8, strict": ([text("latin.txt"), "data.on_error=raise"], "is not UTF-8"),
+        "vocabulary too large": ([text("words.txt"), "tokenizer=bpe", "tokenizer.vocab_size=5000"], "tokenizer.vocab_size=5000"),
+        "cache not writable": ([text("words.txt"), f"data.cache_dir={tmp_path / 'words.txt'}"], "data.cache_dir"),
+        "run not writable": ([text("words.txt"), f"run.dir={tmp_path / 'words.txt'}"], "run.dir"),
+        "no such tokenizer": ([text("words.txt"), "tokenizer=pretrained", f"tokenizer.path={tmp_path / 'nowhere'}"], "nowhere"),
+    }
+
+
+def test_bad_input_gets_one_sentence_and_exit_2(command, tmp_path):
+    for name, (overrides, expected) in bad_inputs(tmp_path).items():
+        done = run(command(*overrides))
+        assert done.returncode == 2, f"{name}: {done.stderr}"
+        error = [line for line in done.stderr.splitlines() if line.startswith("gpt: ")]
+        assert len(error) == 1, f"{name}: {done.stderr}"
+        assert expected in error[0], f"{name}: {error[0]}"
+        assert "Traceback" not in done.stderr
+
+
+def test_text_that_is_not_utf8_is_replaced_and_counted(command, tmp_path):
+    bad_inputs(tmp_path)
+    done = run(command(f"data.paths=[{tmp_path / 'latin.txt'}]", "train.budget=2steps"))
+    assert done.returncode == 0, done.stderr
+    assert "invalid UTF-8 in 1 files, 2000 characters replaced" in done.stderr
+
+
+def limit_file_size() -> None:
+    """No file may grow beyond 300 kB: to the process it looks like a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(command, tmp_path):
+    settings = ["run.id=full", "model.n_layer=4"]
+    assert run(command(*settings, "train.budget=4steps")).returncode == 0
+    good = list_checkpoints(tmp_path / "runs" / "full" / "checkpoints")
+    done = run(command(*settings, "train.budget=9steps", "checkpoint.every=2steps"), preexec_fn=limit_file_size)
+    assert done.returncode == 2, done.stderr
+    assert "warning: the checkpoint of step 6 could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list_checkpoints(tmp_path / "runs" / "full" / "checkpoints") == good
+    assert sorted(p.name for p in (tmp_path / "runs" / "full" / "checkpoints").iterdir()) == [good[0][1].name]
+    assert run(command(*settings, "train.budget=6steps")).returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "incomplete"])
+def test_a_damaged_checkpoint_is_passed_over_aloud(command, tmp_path, damage):
+    settings = ["run.id=a", "checkpoint.every=2steps", "checkpoint.keep_last=9", "train.eval_every=0"]
+    assert run(command(*settings, "train.budget=6steps")).returncode == 0
+    newest = list_checkpoints(tmp_path / "runs" / "a" / "checkpoints")[-1][1]
+    weights = newest / "model.safetensors"
+    if damage == "truncated":
+        os.truncate(weights, weights.stat().st_size // 2)
+    elif damage == "flipped":
+        data = bytearray(weights.read_bytes())
+        data[-10] ^= 1
+        weights.write_bytes(data)
+    else:
+        (newest / "COMPLETE").unlink()
+    done = run(command(*settings, "train.budget=6steps"))
+    assert done.returncode == 0, done.stderr
+    assert f"{newest} is not whole" in done.stderr
+    assert "at step 4" in done.stderr
+
+
+def test_no_cpp_compiler_is_a_warning(command, tmp_path):
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    done = run(command("compile=true", "train.budget=2steps"), env={**os.environ, "PATH": str(empty)})
+    assert done.returncode == 0, done.stderr
+    assert "there is no C++ compiler" in done.stderr
