@@ -5,8 +5,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+settings.register_profile("gpt", deadline=None)  # tests share their cores with others
+settings.load_profile("gpt")
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +32,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, stdlib_files: list[Path]) -
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder for tokenised text."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer():
+    """A tokenizer of Llama 2's kind: spaces are "▁", one stands before every text, unknown characters fall back to bytes."""
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, normalizers
+
+    from gpt.data.tokenizer import Tokenizer
+
+    pieces = ["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁b", "ba", "▁ba"]
+    merges = [("▁", "b"), ("b", "a"), ("▁b", "a")]
+    backend = HFTokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "</s>"])
+    return Tokenizer(backend)

@@ -54,14 +54,17 @@ def prepare_corpus(data: DataConfig, tokenizer: TokenizerConfig, context_length:
     if tokenizer.name == "pretrained":
         settings["tokenizer_hash"] = _make_tokenizer(tokenizer, []).fingerprint()
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
-    directory = Path(data.cache_dir).expanduser() / "data" / key
+    try:
+        directory = Path(data.cache_dir).expanduser() / "data" / key
+    except RuntimeError as error:  # a user without a home, as containers have them
+        raise UserError(f"data.cache_dir={data.cache_dir}: {error} Set it to a folder") from error
     index = read_index(directory)
     if index is None:
         with building(directory) as aside:
             if aside is not None:
                 say(f"reading {len(files)} files")
                 report = ReadReport()
-                documents = list(read_documents(files, data, report))
+                documents = read_documents(files, data, report)
                 _build(aside, documents, report, tokenizer, source, say)
         index = read_index(directory)
         assert index is not None

@@ -15,13 +15,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gpt.errors import UserError
 
-VERSION = 1
+VERSION = 2
 SHARD_TOKENS = 1 << 28  # 512 MiB of uint16 a file
 
 
@@ -102,8 +101,8 @@ def write_index(directory: Path, index: Index) -> None:
 def read_index(directory: Path) -> Index | None:
     """The index of a folder of shards, or None if there is no usable one."""
     try:
-        values: dict[str, Any] = json.loads((directory / "index.json").read_text())
-        return Index(**values) if values.get("version") == VERSION else None
+        index = Index(**json.loads((directory / "index.json").read_text()))
+        return index if index.version == VERSION else None
     except (OSError, ValueError, TypeError):
         return None
 

@@ -1,7 +1,7 @@
 """Where text comes from: documents, each with a name that stays the same from machine to machine.
 
 Held-out documents are chosen by a hash of their names, so adding a file never moves another across the border. A corpus
-of few files is cut within the files instead, or one file would decide everything.
+of few files is cut within the files instead, or chance would decide how much is held out, if anything.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedReader
+from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO
 
 from gpt.config import DataConfig
 from gpt.errors import UserError
 
-MIN_FILES_TO_SPLIT_BY_FILE = 20
+MIN_FILES_PER_SIDE = 10  # to be expected on either side of the border; fewer files are cut within
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -27,8 +29,13 @@ class SourceFile:
     """One file of the corpus."""
 
     name: str
-    """Path relative to where it was found, with forward slashes."""
+    """Path relative to where it was found, with forward slashes; bytes that are not UTF-8 as `\\xff`."""
     path: Path
+
+    @classmethod
+    def below(cls, root: Path, path: Path) -> SourceFile:
+        """A file named after its place below `root`."""
+        return cls(os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace"), path)
 
 
 @dataclass
@@ -45,7 +52,7 @@ class ReadReport:
     """What was met while reading; said aloud and kept beside the tokens."""
 
     files: int = 0
-    bytes: int = 0
+    """With text in them."""
     binary_files: list[str] = field(default_factory=list)
     empty_files: int = 0
     invalid_utf8: dict[str, int] = field(default_factory=dict)
@@ -74,7 +81,7 @@ def find_files(config: DataConfig) -> list[SourceFile]:
     """
     if config.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        found = (SourceFile(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
+        found = (SourceFile.below(root, path) for path in root.rglob("*.py"))
         return sorted((f for f in found if not _SKIPPED_FOLDERS & set(f.name.split("/")[:-1])), key=lambda f: f.name)
     files: dict[Path, SourceFile] = {}
     for pattern in config.paths:
@@ -84,23 +91,36 @@ def find_files(config: DataConfig) -> list[SourceFile]:
 
 
 def _matching(pattern: str) -> list[SourceFile]:
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return [SourceFile(path.name, path)]
-    if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    path = Path(os.path.expanduser(pattern))
+    if os.path.isfile(path):
+        return [SourceFile.below(path.parent, path)]
+    if os.path.isdir(path):
+        inside = sorted(_files_below(path))
         if not inside:
             raise UserError(f"data.paths: the folder {pattern!r} has no files in it")
-        return [SourceFile(p.relative_to(path).as_posix(), p) for p in inside]
+        return [SourceFile.below(path, p) for p in inside]
     matches = sorted(Path(m) for m in glob.glob(str(path), recursive=True) if os.path.isfile(m))
     if not matches:
         from gpt.config import nearest
 
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        where = path.parent.resolve() if path.parent.is_dir() else Path.cwd()
-        raise UserError(f"data.paths: no file matches {pattern!r} (looked in {where}){nearest(path.name, siblings)}")
-    fixed = pattern.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
-    return [SourceFile(os.path.relpath(m, Path(fixed).expanduser() or "."), m) for m in matches]
+        where = path.parent if os.path.isdir(path.parent) else Path()
+        siblings: list[str] = []
+        with suppress(OSError):
+            siblings = os.listdir(where)
+        raise UserError(f"data.paths: no file matches {pattern!r} (looked in {where.resolve()}){nearest(path.name, siblings)}")
+    fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return [SourceFile.below(fixed, m) for m in matches]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and its folders, without hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data.paths: {error.filename} cannot be read: {error.strerror}") from error
+
+    for where, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        yield from (Path(where, n) for n in names if not n.startswith(".") and os.path.isfile(os.path.join(where, n)))
 
 
 def fingerprint(files: list[SourceFile]) -> str:
@@ -112,20 +132,20 @@ def fingerprint(files: list[SourceFile]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0")
-        with _open(file) as stream:
+        with _reading(file) as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def read_documents(files: list[SourceFile], config: DataConfig, report: ReadReport) -> Iterator[Document]:
-    """Every document, one file at a time, filling `report` on the way.
+def read_documents(files: list[SourceFile], config: DataConfig, report: ReadReport) -> list[Document]:
+    """Every document, in the order of the files, filling `report` on the way.
 
     Raises:
         UserError: a file that cannot be read; or with on_error=raise a binary one or one with invalid UTF-8.
     """
-    report.split_within_files = len(files) < MIN_FILES_TO_SPLIT_BY_FILE
+    texts: list[tuple[str, str]] = []
     for file in files:
-        with _open(file) as stream:
+        with _reading(file) as stream:
             raw = stream.read()
         if not raw.strip():
             report.empty_files += 1
@@ -143,27 +163,30 @@ def read_documents(files: list[SourceFile], config: DataConfig, report: ReadRepo
                     f"data.paths: {file.path} is not UTF-8 at byte {error.start} (data.on_error=skip replaces such bytes)"
                 ) from error
             text = raw.decode("utf-8", errors="replace")
-            report.invalid_utf8[file.name] = text.count("\ufffd")
-        report.files += 1
-        report.bytes += len(raw)
-        if not report.split_within_files:
-            yield Document(file.name, text, _is_held_out(file.name, config.holdout))
-            continue
+            report.invalid_utf8[file.name] = text.count("\ufffd") - raw.count("\ufffd".encode())
+        texts.append((file.name, text))
+    report.files = len(texts)
+    report.split_within_files = len(texts) * min(config.holdout, 1 - config.holdout) < MIN_FILES_PER_SIDE
+    if not report.split_within_files:
+        return [Document(name, text, _is_held_out(name, config.holdout)) for name, text in texts]
+    documents = []
+    for name, text in texts:
         border = _tail_start(text, config.holdout)
-        yield Document(file.name, text[:border], held_out=False)
-        if text[border:]:
-            yield Document(f"{file.name} (end)", text[border:], held_out=True)
+        documents += [Document(name, text[:border], held_out=False), Document(f"{name} (end)", text[border:], held_out=True)]
+    return [d for d in documents if d.text]
 
 
-def _open(file: SourceFile) -> BinaryIO:
+@contextmanager
+def _reading(file: SourceFile) -> Iterator[BufferedReader]:
     try:
-        return file.path.open("rb")
+        with file.path.open("rb") as stream:
+            yield stream
     except OSError as error:
         raise UserError(f"data.paths: {file.path} cannot be read: {error.strerror}") from error
 
 
 def _is_held_out(name: str, share: float) -> bool:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 < share
+    return int.from_bytes(hashlib.md5(name.encode(), usedforsecurity=False).digest()[:8], "big") / 2**64 < share
 
 
 def _tail_start(text: str, share: float) -> int:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +21,15 @@ from gpt.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers.models import Model
 
 END_OF_TEXT = "<|endoftext|>"
 
 # Words with their leading space, runs of at most three digits, punctuation with its trailing newlines, indentation as one
 # piece: the split of GPT-4's tokenizer, which suits source code.
 SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
@@ -37,7 +43,9 @@ class Tokenizer:
     def __init__(self, backend: HFTokenizer, check: str = "") -> None:
         self.backend = backend
         self.backend.encode_special_tokens = True  # special tokens inside a user's text are text
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.backend.no_truncation()  # either can be set in a tokenizer.json made for another use
+        self.backend.no_padding()
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)  # ids may have gaps
         self.end_of_text: int | None = _end_of_text(backend)
         self._fast = _tiktoken_of(backend, check) if check else None
 
@@ -48,14 +56,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text; special tokens in it are taken as text."""
-        if self._fast is not None:
-            return self._fast.encode_ordinary(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of many texts, uint32 each."""
         if self._fast is not None:
-            return [self._fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
+            with suppress(ValueError):  # its regex engine gives up on a run of about a million blanks
+                return [self._fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, dtype=np.uint32) for e in encodings]
 
@@ -66,11 +73,15 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int64: how many bytes of text each id stands for, 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        special = {i for i, added in self.backend.get_added_tokens_decoder().items() if added.special}
+        added = self.backend.get_added_tokens_decoder()
         byte_level = _is_byte_level(self.backend)
         for token, index in self.backend.get_vocab(with_added_tokens=True).items():
-            if index not in special:
-                lengths[index] = len(token) if byte_level else len(self.backend.decode([index]).encode())
+            if index in added:
+                lengths[index] = 0 if added[index].special else len(token.encode())
+            elif byte_level:
+                lengths[index] = len(token)
+            else:  # SentencePiece's way: "▁" for a space, "<0xE2>" for one byte
+                lengths[index] = 1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode())
         return lengths
 
     def fingerprint(self) -> str:
@@ -78,8 +89,8 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write `tokenizer.json`."""
-        self.backend.save(str(path))
+        """Write `tokenizer.json`; OSError if that cannot be done (`tokenizers` itself would raise a bare Exception)."""
+        path.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
     def to_transformers(self, context_length: int) -> Any:
         """The same tokenizer as a `transformers` one, for export."""
@@ -103,11 +114,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, length: int | None = None) 
     Raises:
         UserError: vocab_size below 257, or more than the text has merges for.
     """
-    from tokenizers import trainers
+    from tokenizers import models, trainers
 
     if vocab_size < 257:
         raise UserError(f"tokenizer.vocab_size={vocab_size} must be at least 257: 256 bytes and the end-of-text token")
-    backend = _empty_byte_level()
+    backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=_byte_alphabet(), show_progress=False, max_token_length=32
     )  # pyright: ignore[reportCallIssue]
@@ -122,15 +133,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, length: int | None = None) 
 
 def byte_tokenizer() -> Tokenizer:
     """One id a byte, and the end-of-text token."""
-    from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import models
 
-    backend = _empty_byte_level()
     vocab = {token: index for index, token in enumerate([END_OF_TEXT, *_byte_alphabet()])}
-    empty = HFTokenizer(models.BPE(vocab=vocab, merges=[]))
-    empty.pre_tokenizer, empty.decoder = backend.pre_tokenizer, backend.decoder
-    empty.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(empty)
+    backend = _byte_level(models.BPE(vocab=vocab, merges=[]))
+    backend.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(backend)
 
 
 def load_tokenizer(path: str | Path, check: str = "") -> Tokenizer:
@@ -141,30 +149,35 @@ def load_tokenizer(path: str | Path, check: str = "") -> Tokenizer:
     """
     from tokenizers import Tokenizer as HFTokenizer
 
-    file = Path(path)
+    file = Path(os.path.expanduser(path))
     if file.is_dir():
         file = file / "tokenizer.json"
-    if file.is_file():
-        try:
-            return Tokenizer(HFTokenizer.from_file(str(file)), check)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{file} is not a tokenizer file: {error}") from error
-    if file.suffix or file.exists() or Path(path).is_absolute() or str(path).startswith("."):
-        raise UserError(f"no tokenizer at {file}")
+    if not file.is_file():
+        if file.suffix == ".json" or str(path).startswith(("/", ".", "~")):
+            raise UserError(f"no tokenizer at {file}")
+        file = _download(str(path))
+    try:
+        return Tokenizer(HFTokenizer.from_file(str(file)), check)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file} is not a tokenizer file: {error}") from error
+
+
+def _download(hub_id: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Tokenizer(HFTokenizer.from_file(hf_hub_download(str(path), "tokenizer.json")), check)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"no tokenizer.json in the folder {path!r}, nor at the Hugging Face hub: {str(error).splitlines()[0]}") from error
+        return Path(hf_hub_download(hub_id, "tokenizer.json"))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"no tokenizer.json in the folder {hub_id!r}, nor at the Hugging Face hub: {why}") from error
 
 
-def _empty_byte_level() -> HFTokenizer:
-    from tokenizers import Regex, decoders, models, pre_tokenizers
+def _byte_level(model: Model) -> HFTokenizer:
+    from tokenizers import Regex, decoders, pre_tokenizers
     from tokenizers import Tokenizer as HFTokenizer
 
-    backend = HFTokenizer(models.BPE())
+    backend = HFTokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )  # pyright: ignore[reportAttributeAccessIssue]
@@ -201,13 +214,23 @@ def _tiktoken_of(backend: HFTokenizer, check: str) -> Any:
     import tiktoken
 
     spec = json.loads(backend.to_str())
-    model, pre = spec["model"], spec.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    pattern = next((s["pattern"].get("Regex") for s in steps if s.get("type") == "Split"), None)
-    if model.get("type") != "BPE" or spec.get("normalizer") or pattern is None or not _is_byte_level(backend):
+    model, added = spec["model"], spec.get("added_tokens", [])
+    pattern = _split_pattern(spec.get("pre_tokenizer") or {})
+    if model.get("type") != "BPE" or spec.get("normalizer") or pattern is None or not all(t["special"] for t in added):
         return None
     to_byte = _byte_of_character()
-    special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+    special = {t["content"]: t["id"] for t in added}
     ranks = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
     encoding = tiktoken.Encoding("gpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     return encoding if encoding.encode_ordinary(check) == backend.encode(check, add_special_tokens=False).ids else None
+
+
+def _split_pattern(pre_tokenizer: dict[str, Any]) -> str | None:
+    """The regular expression of a pre-tokenizer that splits by one and then maps bytes to characters, as tiktoken does."""
+    match pre_tokenizer.get("pretokenizers"):
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return pattern
+    return None

@@ -72,7 +72,7 @@ def held_out_loss(
             inputs, targets = rows[:, :-1].clamp(min=0).to(device.type), rows[:, 1:].to(device.type)
             with device.autocast():
                 hidden = model.hidden_states(inputs)
-            nll += loss(hidden, model.head.weight, targets).double().cpu()
+            nll += loss(hidden, model.head.weight, targets).cpu().double()
             counted += found[:, 1:].size
             n_bytes += int(byte_lengths[found[:, 1:]].sum())
     finally:

@@ -16,6 +16,8 @@ from gpt.runtime.device import Device, find_device
 
 def generate(config: GenerateConfig) -> int:
     """Run `gpt generate`: the prompt and its continuation on stdout. Returns the exit code."""
+    if any("\ud800" <= c <= "\udfff" for c in config.prompt):  # how Python shows bytes of the command line that are not UTF-8
+        raise UserError("prompt: it is not valid UTF-8")
     device = find_device(config.device, config.precision)
     model, tokenizer = load_model(config.model, device)
     sys.stdout.write(config.prompt)

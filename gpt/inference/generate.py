@@ -27,7 +27,7 @@ def generate_tokens(
 
     Args:
         model: in eval mode.
-        prompt: at least one id, fewer than the model's context_length.
+        prompt: at least one id, at most the model's context_length.
         max_tokens: most ids to yield.
         temperature, top_k, top_p: see `gpt.inference.sampling`; temperature 0 is greedy.
         seed: of the sampling; None draws one.
@@ -75,13 +75,15 @@ def generate_text(
         if tokenizer.end_of_text is None:
             raise UserError("prompt: it is empty, and the tokenizer has no token that starts a document")
         ids = [tokenizer.end_of_text]  # what stands before every document in training
+    stop = [s for s in stop if s]
+    prompt_length = len(tokenizer.decode(ids))
     made: list[int] = []
-    sent = 0
+    text, sent = "", 0
     for token in generate_tokens(model, ids, max_tokens, temperature, top_k, top_p, seed):
         if token == tokenizer.end_of_text:
             break
         made.append(token)
-        text = tokenizer.decode(made)
+        text = tokenizer.decode([*ids, *made])[prompt_length:]  # some decoders strip what they take for the start of a text
         ends = [at for s in stop if (at := text.find(s)) >= 0]
         if ends:
             yield text[sent : min(ends)]
@@ -90,13 +92,12 @@ def generate_text(
         if safe > sent:
             yield text[sent:safe]
             sent = safe
-    if made and (rest := tokenizer.decode(made)[sent:]):
+    if rest := text[sent:]:
         yield rest
 
 
 def _unfinished(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end may still change or belong to a stop string."""
-    held = len(text) - len(text.rstrip("\ufffd"))  # the bytes of a character that is not whole
-    for s in stop:
-        held = max([held, *(n for n in range(1, len(s)) if text.endswith(s[:n]))])
-    return held
+    whole = text.rstrip("\ufffd")  # what follows are the bytes of a character that is not complete
+    begun = max((n for s in stop for n in range(1, len(s)) if whole.endswith(s[:n])), default=0)
+    return len(text) - len(whole) + begun

@@ -12,18 +12,19 @@ def filtered_probabilities(logits: Tensor, temperature: float, top_k: int = 0, t
     Args:
         logits: (B, V).
         temperature: above 0; divides the logits.
-        top_k: keep the k likeliest; 0 keeps all.
-        top_p: keep the likeliest that reach this probability together (Holtzman et al., 2020); never fewer than one.
+        top_k: keep the k likeliest, and what is as likely as the last of them; 0 keeps all.
+        top_p: keep the likeliest that reach this probability together (Holtzman et al., 2020), lower ids first where several are
+            as likely; never fewer than one.
 
     Returns:
         (B, V) fp32, each row sums to 1.
     """
-    logits = logits.float() / temperature
+    logits = logits.float() / max(temperature, 1e-30)  # less would overflow
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
