@@ -6,6 +6,7 @@ Nothing here imports torch, so help and config errors come at once. Exit codes: 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -20,15 +21,22 @@ COMMANDS = {
 }
 
 
+FLAGS = ("--help", "--cfg", "--config-dir", "--version")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one `gpt` command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is no reason to stop
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        print(end="", flush=True)
+        return code
     except UserError as error:
         if os.environ.get("GPT_DEBUG") == "1":
             raise
-        print(f"gpt: {error}", file=sys.stderr)
+        print(f"gpt: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("gpt: interrupted", file=sys.stderr)
@@ -38,28 +46,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _one_line(text: str) -> str:
+    """A value in a message may hold line breaks and control characters: show them as \\n and the like."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _dispatch(arguments: list[str]) -> int:
     from gpt import help as help_text
+    from gpt.typed import nearest_and_all
 
-    wants_help = any(a in ("-h", "--help") for a in arguments)
-    command = next((a for a in arguments if not a.startswith("-")), None)
-    if arguments and arguments[0] == "--version":
+    if arguments[:1] == ["--version"]:
         print(f"gpt {__version__}")
         return 0
-    if command is None or (wants_help and command not in COMMANDS):
-        unknown = [a for a in arguments if a not in ("-h", "--help")]
-        if unknown:
-            raise UserError(f"{unknown[0]}: expected a command: {', '.join(COMMANDS)} (gpt --help)")
+    wants_help = "-h" in arguments or "--help" in arguments
+    command, *rest = [a for a in arguments if a not in ("-h", "--help")] or [""]
+    if not command and len(arguments) == wants_help:
         print(help_text.overview(COMMANDS))
         return 0
     if command not in COMMANDS:
-        from gpt.config import nearest
-
-        guess = nearest(command, COMMANDS) or "."
-        raise UserError(f"{command}: no such command{guess} There are: {', '.join(COMMANDS)}")
-    if arguments[0] != command:
-        raise UserError(f"{arguments[0]}: the command comes first: gpt {command} ...")
-    rest, config_dir, show = _options(arguments[1:])
+        if command in FLAGS or "=" in command:
+            raise UserError(f"{command}: the command comes first: gpt {next(iter(COMMANDS))} {command}")
+        if command.startswith("-"):
+            raise UserError(f"{command}: no such flag{nearest_and_all(command, FLAGS)}")
+        raise UserError(f"{command or repr('')}: no such command{nearest_and_all(command, COMMANDS)}")
+    rest, config_dir, show = _options(rest)
+    if config_dir and command == "generate":
+        raise UserError(f"--config-dir {config_dir}: gpt generate has no config groups")
     if wants_help:
         print(help_text.command(command, COMMANDS[command], config_dir))
         return 0
@@ -79,12 +91,11 @@ def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
             if not value:
                 raise UserError("--config-dir: which folder?")
             config_dir = Path(value)
-        elif argument in ("-h", "--help"):
-            continue
         elif argument.startswith("-"):
-            from gpt.config import nearest
+            from gpt.typed import nearest_and_all
 
-            raise UserError(f"{argument}: no such flag{nearest(argument, ['--help', '--cfg', '--config-dir', '--version'])}")
+            plain = f". Settings are written without dashes: {argument.lstrip('-')}" if "=" in argument else ""
+            raise UserError(f"{argument}: no such flag{plain or nearest_and_all(argument, FLAGS)}")
         else:
             rest.append(argument)
     return rest, config_dir, show

@@ -6,19 +6,16 @@ Imports no torch.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import typing
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from gpt.config import GenerateConfig, RunConfig, from_dict, nearest, schema_keys
+from gpt.config import GenerateConfig, RunConfig
 from gpt.errors import UserError
-
-if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
-
-T = typing.TypeVar("T")
+from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_keys
 
 
 def config_directory() -> Path:
@@ -27,34 +24,38 @@ def config_directory() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def groups(directories: Sequence[Path]) -> dict[str, list[str]]:
-    """Group name -> its options, over all directories."""
-    found: dict[str, set[str]] = {}
-    for directory in directories:
-        for file in directory.glob("*/*.yaml"):
-            found.setdefault(file.parent.name, set()).add(file.stem)
+def groups(overlay: Path | None = None) -> dict[str, list[str]]:
+    """Group name -> its options, built in and of an overlay folder.
+
+    Raises:
+        UserError: there is no such folder, or one of its options has the name of a built-in one.
+    """
+    found = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in config_directory().iterdir() if folder.is_dir()}
+    if overlay and not overlay.is_dir():
+        raise UserError(f"--config-dir {overlay}: no such folder")
+    for group in found if overlay else ():
+        own = {file.stem for file in (typing.cast(Path, overlay) / group).glob("*.yaml")}
+        if taken := sorted(own & found[group]):
+            raise UserError(f"--config-dir {overlay}: {group}/{taken[0]}.yaml has the name of a built-in option; give it another")
+        found[group] |= own
     return {group: sorted(options) for group, options in sorted(found.items())}
 
 
 def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None = None) -> RunConfig:
-    """Compose a training run from `configs/`, an overlay folder and `key=value` overrides.
+    """Compose a training run from `configs/`, an overlay folder and `key=value` settings.
 
     Raises:
         UserError: the first thing wrong, with its key and the nearest right name.
     """
-    directories = [config_directory()] + ([config_dir] if config_dir else [])
-    if config_dir and not config_dir.is_dir():
-        raise UserError(f"--config-dir {config_dir}: no such folder")
-    keys = schema_keys(RunConfig)
-    options = groups(directories)
-    overrides = [_parse(argument, keys, options) for argument in arguments]
-    for override in overrides:
-        _check_override(override, keys, options)
-    resume = next((o.value() for o in overrides if o.key_or_group == "resume"), "auto")
-    if isinstance(resume, str) and (Path(resume) / "config.yaml").is_file():
-        config = _resumed(Path(resume), overrides, keys)
+    keys, options = schema_keys(RunConfig), groups(config_dir)
+    del keys["command"]
+    settings = dict(_read(argument, keys, options) for argument in arguments)
+    chosen = {name: settings.pop(name) for name in list(settings) if name in options}
+    run = Path(settings.get("resume") or "auto").expanduser()
+    if (run / "config.yaml").is_file():
+        config = _resumed(run, chosen, settings, keys)
     else:
-        config = from_dict(RunConfig, _hydra_compose(directories, [o.input_line or "" for o in overrides]))
+        config = from_dict(RunConfig, _hydra_compose(config_dir, chosen, settings))
     config.command = typing.cast(Any, command)
     config.validate()
     return config
@@ -67,12 +68,7 @@ def compose_generate(arguments: Sequence[str]) -> GenerateConfig:
         UserError: the first thing wrong.
     """
     keys = schema_keys(GenerateConfig)
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        override = _parse(argument, keys, {})
-        _check_override(override, keys, {})
-        values[override.key_or_group] = override.value()
-    config = from_dict(GenerateConfig, values)
+    config = from_dict(GenerateConfig, dict(_read(argument, keys, {}) for argument in arguments))
     config.validate()
     return config
 
@@ -87,55 +83,80 @@ def load_run(directory: Path) -> RunConfig:
 
     file = directory / "config.yaml"
     try:
-        return from_dict(RunConfig, yaml.safe_load(file.read_text()))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+        return from_dict(RunConfig, yaml.safe_load(file.read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _parse(argument: str, keys: dict[str, Any], options: dict[str, list[str]]) -> Override:
+def _read(argument: str, keys: dict[str, Any], options: dict[str, list[str]]) -> tuple[str, Any]:
+    """`key=value` -> the key and its value; `group=option` -> the group and its option, or None for none.
+
+    Raises:
+        UserError: no such key, no such option, or not one value.
+    """
+    name, equals, text = argument.partition("=")
+    bare, known = name.lstrip("+~"), [*keys, *(group for group in options if group not in keys)]
+    if any("\ud800" <= character <= "\udfff" for character in argument):  # how Python holds bytes that it cannot decode
+        raise UserError(f"{argument}: this argument is not valid UTF-8")
+    if not bare or not (equals or name.startswith("~")):
+        raise UserError(f"{argument or repr('')}: must be {_meant(argument, known, options)}")
+    if bare not in known:
+        raise UserError(f"{argument}: no such key{nearest_key(bare, known) or '; --help lists them'}")
+    if name.startswith("~"):
+        raise UserError(f"{argument}: nothing can be removed from the config, only set: {bare}=...")
+    if name != bare:
+        raise UserError(f"{argument}: nothing can be added to the config, only set: {bare}={text}")
+    if name in options:
+        return name, _option(name, text, options[name], optional=name not in keys)
+    return name, _value(name, text, keys[name])
+
+
+def _meant(word: str, known: list[str], options: dict[str, list[str]]) -> str:
+    """What a word without `=` may have been meant to be."""
+    if word in known:
+        return f"{word}=<{'option' if word in options else 'value'}>, without spaces"
+    of = [f"{group}={word}" for group, names in options.items() if word in names]
+    return f"key=value. Did you mean {of[0]}?" if len(of) == 1 else f"key=value{nearest(word, ['--help', '--cfg', '--config-dir', *known])}"
+
+
+def _option(group: str, text: str, options: list[str], optional: bool) -> str | None:
+    if text in options:
+        return text
+    if optional and text == "null":
+        return None
+    if "," in text and all(part in options for part in text.split(",")):
+        raise UserError(f"{group}={text}: must be one option; start a run for each")
+    raise UserError(f"{group}={text}: no such option{nearest_and_all(text, options)}")
+
+
+def _value(key: str, text: str, hint: Any) -> Any:
+    """A value as its key reads it: text word for word as the shell gave it, anything else in Hydra's grammar."""
+    if hint is str:
+        return text
+    if str in get_args(hint) and get_origin(hint) is not list:  # text or null
+        return None if text == "null" else text
+    is_list = get_origin(hint) is list
+    if is_list and not text.startswith("["):
+        return [text] if text else []
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    key, equals, value = argument.partition("=")
-    if not equals and not argument.startswith("~"):
-        raise UserError(f"{argument}: expected key=value{nearest(argument, ['--help', '--cfg', '--config-dir', *keys])}")
-    if equals and key not in options and _is_text(keys.get(key)) and value[:1] not in ("'", '"', "[") and value != "null":
-        argument = f"{key}={_quote(value)}"  # what the shell gave is the text: spaces, quotes, brackets and all
     try:
-        return OverridesParser.create().parse_override(argument)
-    except HydraException as error:
-        raise UserError(f"{argument}: cannot be read as key=value ({str(error).splitlines()[0]}); put the value in quotes") from error
-
-
-def _is_text(hint: Any) -> bool:
-    """Whether a key holds free text or a list of it."""
-    return hint is str or (str in get_args(hint) and (get_origin(hint) is list or type(None) in get_args(hint)))
-
-
-def _quote(text: str) -> str:
-    """A string literal of Hydra's grammar: a backslash escapes only a quote, or backslashes that stand before one."""
-    parts = text.replace("\\'", "\\\\'") if "\\'" in text else text
-    parts = parts.replace("'", "\\'")
-    trailing = len(parts) - len(parts.rstrip("\\"))
-    return f"'{parts}{chr(92) * trailing}'"
-
-
-def _check_override(override: Override, keys: dict[str, Any], options: dict[str, list[str]]) -> None:
-    name, value = override.key_or_group, override.value() if not override.is_delete() else None
-    if override.is_delete():
-        raise UserError(f"~{name}: keys cannot be removed; set {name}=null or another value")
+        override = OverridesParser.create().parse_override(f"{key}={text}")
+    except (HydraException, ValueError, RecursionError) as error:
+        if not is_list:
+            return text  # the check of its type will say what it must be
+        raise UserError(f"{key}={text}: cannot be read as a list; it is written ['first text', 'second text']") from error
     if override.is_sweep_override():
-        raise UserError(f"{override.input_line}: one run takes one value; start a run for each")
-    if name in options and not isinstance(value, dict):
-        if str(value) not in options[name] and not (value is None and name not in keys):  # experiment=null is none
-            guess = nearest(str(value), options[name]) or "."
-            raise UserError(f"{name}={value}: no such option{guess} There are: {', '.join(options[name])}")
-        return
-    if name not in keys or name == "command":
-        raise UserError(f"{name}={value}: no such key{nearest(name, [*keys, *options])}")
+        raise UserError(f"{key}={text}: must be one value; start a run for each")
+    return override.value()
 
 
-def _hydra_compose(directories: list[Path], overrides: list[str]) -> dict[str, Any]:
+def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The groups, composed by Hydra, with single keys set on top."""
+    import yaml
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -143,42 +164,65 @@ def _hydra_compose(directories: list[Path], overrides: list[str]) -> dict[str, A
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store("schema", _defaults(RunConfig))
-    overlay = [f"hydra.searchpath=[file://{d.resolve()}]" for d in directories[1:]]
+    overrides = [f"{group}={_quoted(option)}" for group, option in chosen.items() if option is not None]
+    overrides += [f"hydra.searchpath=[{_quoted(f'file://{overlay.resolve()}')}]"] if overlay else []
     try:
-        with initialize_config_dir(str(directories[0].resolve()), version_base="1.3"):
-            composed = compose("config", overrides + overlay)
-        values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    return typing.cast("dict[str, Any]", values)
+        with initialize_config_dir(str(config_directory().resolve()), version_base="1.3"):
+            composed = compose("config", overrides)
+        for key, value in settings.items():
+            OmegaConf.update(composed, key, _escaped(value), merge=False)
+        values = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+    except RecursionError as error:
+        raise UserError(f"--config-dir {overlay}: the defaults list of a file leads back to that file") from error
+    except (HydraException, OmegaConfBaseException, UnicodeDecodeError, yaml.YAMLError) as error:
+        message = re.sub(r"\s+full_key: (\S*)\s+object_type=\w+", r" (\1)", str(error).partition("Config search path:")[0]).replace(
+            " ()", ""
+        )
+        raise UserError(f"{f'--config-dir {overlay}: ' if overlay else ''}{' '.join(message.split())}") from error
+    for group in chosen.keys() & values.keys() - {f.name for f in dataclasses.fields(RunConfig)}:
+        raise UserError(f"{group}={chosen[group]}: the first line of its file must be `# @package _global_`")
+    return values
+
+
+def _quoted(text: str) -> str:
+    """The name of a file as a string of Hydra's grammar."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _escaped(value: Any) -> Any:
+    """A value that OmegaConf reads back as it is, `${` and all."""
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _defaults(cls: type) -> dict[str, Any]:
     """A dataclass's defaults as nested plain values, without making one (GPTConfig derives sizes when made)."""
-    import dataclasses
-
     hints, values = typing.get_type_hints(cls), {}
     for f in dataclasses.fields(cls):
-        if is_dataclass(hints[f.name]):
+        if dataclasses.is_dataclass(hints[f.name]):
             values[f.name] = _defaults(typing.cast(type, hints[f.name]))
         else:
             values[f.name] = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
     return values
 
 
-def _resumed(directory: Path, overrides: list[Override], keys: dict[str, Any]) -> RunConfig:
+def _resumed(directory: Path, chosen: dict[str, Any], settings: dict[str, Any], keys: dict[str, Any]) -> RunConfig:
     """The config of an existing run with single keys changed."""
+    if chosen:
+        group, option = next(iter(chosen.items()))
+        single = next((key for key in keys if key.startswith(f"{group}.")), "train.budget")
+        raise UserError(f"{group}={option}: a run is continued with the groups it has; change single keys, such as {single}=...")
     values = load_run(directory).to_dict()
-    for override in overrides:
-        name = override.key_or_group
-        if is_dataclass(keys.get(name)) or name not in keys:
-            raise UserError(
-                f"{name}={override.value()}: a run is continued with the groups it has; change single keys, e.g. {name}.<key>=..."
-            )
+    if directory.name != directory.resolve().name:  # `.`, or a link
+        directory = directory.resolve()
+    values["run"] = {"id": directory.name, "dir": str(directory.parent)}
+    for key, value in settings.items():
+        *path, last = key.split(".")
         section = values
-        *path, last = name.split(".")
         for part in path:
             section = section[part]
-        section[last] = override.value()
-    values["run"] = {"id": directory.resolve().name, "dir": str(directory.parent)}
+        if path == ["run"] and value != section[last]:
+            raise UserError(f"{key}={value}: resume={settings['resume']} continues that run in its own directory, {directory}")
+        section[last] = value
     return from_dict(RunConfig, values)

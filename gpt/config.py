@@ -6,17 +6,17 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 import re
-import types
 import typing
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal
 
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
+from gpt.typed import nearest, shown
 
 
 @dataclass
@@ -246,10 +246,11 @@ class GenerateConfig:
         if not self.model:
             raise UserError("model: which model? Give a run directory or a Hugging Face directory, e.g. model=runs/<id>")
         for name, low in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {low}")
+            _at_least(name, getattr(self, name), low)
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be greater than 0 and at most 1")
+            raise UserError(f"top_p={shown(self.top_p)} must be greater than 0 and at most 1")
+        if self.seed is not None:
+            _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,9 @@ class Span:
     """A length of training: so many steps, tokens, epochs or seconds."""
 
     unit: Literal["steps", "tokens", "epochs", "seconds"]
+    """What is counted."""
     amount: float
+    """How many; greater than 0, not always whole."""
 
 
 _SPAN = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([kKMGBT]?)\s*(steps?|tokens?|epochs?|s|sec|min|h|)\s*$")
@@ -265,192 +268,130 @@ _SCALE = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 
 
-def parse_span(key: str, text: str) -> Span:
+def parse_span(key: str, text: str, units: Sequence[str] = ("steps", "tokens", "epochs", "seconds")) -> Span:
     """Read `500steps`, `10Mtokens`, `2epochs`, `90s`, `3min`, `2h`; a bare number counts steps.
 
     Raises:
-        UserError: anything else, or nothing at all.
+        UserError: anything else, nothing at all, or a unit that is not among `units`.
     """
-    match = _SPAN.match(text)
-    if not match or float(match[1].replace("_", "")) <= 0:
-        raise UserError(f"{key}={text}: must be a positive length such as 500steps, 10Mtokens, 2epochs, 90s or 3min")
-    amount, unit = float(match[1].replace("_", "")) * _SCALE[match[2]], match[3]
-    if unit in _SECONDS:
-        return Span("seconds", amount * _SECONDS[unit])
-    name: Any = (unit or "step").rstrip("s") + "s"
-    return Span(name, amount)
+    if match := _SPAN.match(text):
+        amount, unit = float(match[1].replace("_", "")) * _SCALE[match[2]], match[3]
+        if unit in _SECONDS:
+            name, amount = "seconds", amount * _SECONDS[unit]
+        else:
+            name = (unit or "step").rstrip("s") + "s"
+        if name in units and 0 < amount < math.inf and not (name == "steps" and amount < 1):
+            return Span(typing.cast(Any, name), amount)
+    examples = {"steps": "500steps", "tokens": "10Mtokens", "epochs": "2epochs", "seconds": "90s or 3min"}
+    raise UserError(f"{key}={shown(text)}: must be a length such as {', '.join(examples[unit] for unit in units)}")
+
+
+def _at_least(key: str, value: float, low: float, why: str = "") -> None:
+    if value < low:
+        raise UserError(f"{key}={shown(value)} must be at least {low}{why}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={shown(seed)} must be from 0 to {2**32 - 1}")
 
 
 def _validate(c: RunConfig) -> None:
-    def at_least(key: str, value: float, low: float) -> None:
-        if value < low:
-            raise UserError(f"{key}={value} must be at least {low}")
-
-    def share(key: str, value: float, inclusive: bool = True) -> None:
-        if not (0 <= value <= 1 if inclusive else 0 < value < 1):
-            raise UserError(f"{key}={value} must be {'from 0 to 1' if inclusive else 'between 0 and 1'}")
-
-    length = c.model.context_length
-    at_least("seed", c.seed, 0)
-    at_least("train.batch_tokens", c.train.batch_tokens, 1)
-    if c.train.batch_tokens % length:
-        below = c.train.batch_tokens // length * length
-        near = f"{below} or {below + length}" if below else f"{length}"
-        raise UserError(f"train.batch_tokens={c.train.batch_tokens} is not a multiple of model.context_length={length} (nearest: {near})")
-    sequences = c.train.batch_tokens // length
-    if isinstance(c.train.micro_batch, int):
-        at_least("train.micro_batch", c.train.micro_batch, 1)
-        if sequences % c.train.micro_batch:
-            divisors = [d for d in range(1, sequences + 1) if sequences % d == 0]
-            near = min(divisors, key=lambda d: abs(d - int(c.train.micro_batch)))
-            raise UserError(
-                f"train.micro_batch={c.train.micro_batch} does not divide the {sequences} sequences of a batch (nearest: {near})"
-            )
+    _check_seed(c.seed)
     for key, value, low in (
         ("train.grad_clip", c.train.grad_clip, 0), ("train.log_every", c.train.log_every, 1),
-        ("train.eval_every", c.train.eval_every, 0), ("train.eval_tokens", c.train.eval_tokens, length),
-        ("train.final_eval_tokens", c.train.final_eval_tokens, length),
+        ("train.eval_every", c.train.eval_every, 0),
         ("train.max_skipped_steps", c.train.max_skipped_steps, 1), ("train.sample_tokens", c.train.sample_tokens, 1),
         ("checkpoint.keep_last", c.checkpoint.keep_last, 1), ("device.threads", c.device.threads, 0),
         ("optimizer.weight_decay", c.optimizer.weight_decay, 0), ("schedule.warmup", c.schedule.warmup, 0),
     ):  # fmt: skip
-        at_least(key, value, low)
-    for key in ("lr", "adam_lr", "eps"):
-        if not getattr(c.optimizer, key) > 0:
-            raise UserError(f"optimizer.{key}={getattr(c.optimizer, key)} must be greater than 0")
-    for key in ("momentum", "beta1", "beta2"):
-        share(f"optimizer.{key}", getattr(c.optimizer, key))
-    share("schedule.decay", c.schedule.decay)
-    share("schedule.final", c.schedule.final)
-    share("data.holdout", c.data.holdout, inclusive=False)
-    if c.tokenizer.name == "pretrained" and not c.tokenizer.path:
-        raise UserError("tokenizer.path: tokenizer=pretrained needs a folder, a tokenizer.json or a hub id")
-    if c.tokenizer.name == "bpe":
-        at_least("tokenizer.vocab_size", c.tokenizer.vocab_size, 257)
-        if c.model.vocab_size and c.model.vocab_size < c.tokenizer.vocab_size:
+        _at_least(key, value, low)
+    for name in ("eval_tokens", "final_eval_tokens"):
+        _at_least(f"train.{name}", getattr(c.train, name), c.model.context_length, ", one model.context_length")
+    for name in ("lr", "adam_lr", "eps"):
+        if not getattr(c.optimizer, name) > 0:
+            raise UserError(f"optimizer.{name}={shown(getattr(c.optimizer, name))} must be greater than 0")
+    for name in ("momentum", "beta1", "beta2"):
+        if not 0 <= getattr(c.optimizer, name) < 1:
+            raise UserError(f"optimizer.{name}={shown(getattr(c.optimizer, name))} must be at least 0 and less than 1")
+    for name in ("decay", "final"):
+        if not 0 <= getattr(c.schedule, name) <= 1:
+            raise UserError(f"schedule.{name}={shown(getattr(c.schedule, name))} must be from 0 to 1")
+    _validate_text(c)
+    _validate_batch(c)
+    _validate_length(c)
+    if c.run.id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run.id):
+        raise UserError(f"run.id={shown(c.run.id)}: must be letters, digits, '.', '_' and '-', and start with a letter or digit")
+    if c.resume not in ("auto", "never"):
+        directory = Path(c.resume).expanduser()
+        if not c.resume or not directory.is_dir():
             raise UserError(
-                f"model.vocab_size={c.model.vocab_size} is smaller than tokenizer.vocab_size={c.tokenizer.vocab_size} "
-                "(0 takes the tokenizer's)"
+                f"resume={shown(c.resume)}: there is no such directory; give auto, never or a run directory"
+                f"{nearest(c.resume, ('auto', 'never'))}"
             )
-    if c.data.source == "text" and not c.data.paths:
-        raise UserError("data.paths: data=text needs files, folders or globs, e.g. data.paths=[book.txt]")
+        if not (directory / "config.yaml").is_file():
+            raise UserError(f"resume={shown(c.resume)} is not a run directory: it has no config.yaml; give one such as runs/<id>")
+
+
+def _validate_text(c: RunConfig) -> None:
+    """What is read, and how it becomes ids."""
+    if not 0 < c.data.holdout < 1:
+        raise UserError(f"data.holdout={shown(c.data.holdout)} must be greater than 0 and less than 1")
+    if c.data.source == "text" and not all(c.data.paths or [""]):
+        raise UserError(f"data.paths={shown(c.data.paths)}: data=text needs files, folders or globs, e.g. data.paths=[book.txt]")
     if c.data.source == "stdlib" and c.data.paths:
-        raise UserError(f"data.paths={c.data.paths} is not read by data=stdlib; say data=text")
-    if parse_span("checkpoint.every", c.checkpoint.every).unit not in ("steps", "seconds"):
-        raise UserError(f"checkpoint.every={c.checkpoint.every}: must be steps or a time, such as 500steps or 5min")
+        raise UserError(f"data.paths={shown(c.data.paths)} is not read by data=stdlib; add data=text, or take the paths out")
+    if c.tokenizer.name == "pretrained" and not c.tokenizer.path:
+        raise UserError("tokenizer.path=null: tokenizer=pretrained needs a folder, a tokenizer.json or a hub id")
+    if c.tokenizer.name != "pretrained" and c.tokenizer.path:
+        raise UserError(
+            f"tokenizer.path={shown(c.tokenizer.path)} is not read by tokenizer={c.tokenizer.name}; "
+            "add tokenizer=pretrained, or tokenizer.path=null"
+        )
+    if c.tokenizer.name == "bpe":
+        _at_least("tokenizer.vocab_size", c.tokenizer.vocab_size, 257)
+    ids, whose = {
+        "bpe": (c.tokenizer.vocab_size, f"tokenizer.vocab_size={c.tokenizer.vocab_size}"),
+        "byte": (257, "the 257 ids of tokenizer=byte"),
+        "pretrained": (0, ""),
+    }[c.tokenizer.name]
+    if 0 < c.model.vocab_size < ids:
+        raise UserError(f"model.vocab_size={c.model.vocab_size} is smaller than {whose} (0 takes the tokenizer's)")
+
+
+def _validate_batch(c: RunConfig) -> None:
+    """Batches are whole sequences, passes whole parts of a batch."""
+    _at_least("train.batch_tokens", c.train.batch_tokens, 1)
+    length = c.model.context_length
+    sequences, rest = divmod(c.train.batch_tokens, length)
+    if rest:
+        near = " or ".join(str(n * length) for n in (sequences, sequences + 1) if n)
+        raise UserError(f"train.batch_tokens={c.train.batch_tokens} is not a multiple of model.context_length={length} (nearest: {near})")
+    micro = c.train.micro_batch
+    if micro != "auto":
+        _at_least("train.micro_batch", micro, 1)
+        if sequences % micro:
+            near = min((d for d in range(1, min(sequences, 4096) + 1) if sequences % d == 0), key=lambda d: abs(d - micro))
+            raise UserError(
+                f"train.micro_batch={micro} does not divide the {sequences} sequences of a batch "
+                f"(train.batch_tokens / model.context_length; nearest: {near})"
+            )
+
+
+def _validate_length(c: RunConfig) -> None:
+    """How long the run is, and what the schedule does within it."""
+    parse_span("checkpoint.every", c.checkpoint.every, ("steps", "seconds"))
     budget = parse_span("train.budget", c.train.budget)
     steps = {"steps": budget.amount, "tokens": budget.amount / c.train.batch_tokens}.get(budget.unit)
-    if steps is not None and c.schedule.warmup >= 1 and c.schedule.warmup > steps:
+    warmup = c.schedule.warmup
+    if warmup >= 1:
+        if steps is not None and warmup > math.ceil(steps):
+            raise UserError(
+                f"schedule.warmup={shown(warmup)} steps is longer than the run: train.budget={c.train.budget} is {math.ceil(steps)} steps"
+            )
+        warmup = warmup / steps if steps else 0.0
+    if c.schedule.name == "wsd" and warmup + c.schedule.decay > 1 + 1e-9:
         raise UserError(
-            f"schedule.warmup={c.schedule.warmup:g} steps is longer than the run: train.budget={c.train.budget} is {steps:.0f} steps"
+            f"schedule.decay={shown(c.schedule.decay)} must be at most {1 - warmup:.3g} of the run, "
+            f"since schedule.warmup={shown(c.schedule.warmup)} comes before it"
         )
-    if c.resume not in ("auto", "never") and not Path(c.resume).is_dir():
-        guess = nearest(c.resume, ("auto", "never"))
-        raise UserError(f"resume={c.resume}: must be auto, never or a run directory, and there is no such directory{guess}")
-    if c.run.id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run.id):
-        raise UserError(f"run.id={c.run.id}: letters, digits, '.', '_' and '-' only")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`. Did you mean X?` for the closest of `known`, or nothing if none is close."""
-    known = list(known)
-    last = name.rpartition(".")[2]  # the right name in the wrong section, or in none
-    close = [k for k in known if k.rpartition(".")[2] == last][:1] or difflib.get_close_matches(name, known, 1, 0.5)
-    return f". Did you mean {close[0]}?" if close else ""
-
-
-def schema_keys(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Every settable key below a dataclass, dotted, with its type; sections have the dataclass as theirs."""
-    keys: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
-    for f in fields(cls):
-        keys[prefix + f.name] = hints[f.name]
-        if is_dataclass(hints[f.name]):
-            keys |= schema_keys(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
-    return keys
-
-
-T = TypeVar("T")
-
-
-def from_dict(cls: type[T], values: Any, prefix: str = "") -> T:
-    """Make a dataclass of the schema from plain values, checking every key and type.
-
-    Args:
-        cls: the dataclass.
-        values: a dict with some or all of its fields; what is missing keeps its default.
-        prefix: the dotted key of this section, for messages.
-
-    Raises:
-        UserError: an unknown key, a wrong type, or a value that the dataclass itself refuses.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"{prefix.rstrip('.')}={values}: must be a section with keys, not a single value")
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in hints:
-            guess = nearest(key, (prefix + known for known in hints))
-            raise UserError(f"{key}={value}: no such key{guess}")
-        arguments[name] = _convert(key, value, hints[name])
-    try:
-        return cls(**arguments)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{prefix}{error}") from error
-
-
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    if is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, f"{key}.")
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        converted = _convert_to(key, value, option)
-        if converted is not _WRONG:
-            return converted
-    guess = nearest(str(value), _choices(options)) if isinstance(value, str) else ""
-    raise UserError(f"{key}={_shown(value)}: must be {' or '.join(_described(o) for o in options)}{guess}")
-
-
-_WRONG = object()
-
-
-def _convert_to(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the plain type `hint`, or _WRONG."""
-    if get_origin(hint) is Literal:
-        return next((a for a in get_args(hint) if a == value and type(a) is type(value)), _WRONG)
-    if get_origin(hint) is list:
-        items = value if isinstance(value, list) else [value] if isinstance(value, str) else None
-        return _WRONG if items is None else [_convert(f"{key}[{i}]", item, get_args(hint)[0]) for i, item in enumerate(items)]
-    if hint is bool:
-        return value if isinstance(value, bool) else _WRONG
-    if isinstance(value, bool):
-        return _WRONG
-    if hint is int:
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return int(value) if whole else _WRONG
-    if hint is float:
-        return float(value) if isinstance(value, (int, float)) and value == value else _WRONG
-    if hint is str:
-        return str(value) if isinstance(value, (str, int, float)) else _WRONG
-    return _WRONG
-
-
-def _choices(options: Iterable[Any]) -> list[str]:
-    return [str(a) for o in options if get_origin(o) is Literal for a in get_args(o)]
-
-
-def _described(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(_shown(a) for a in get_args(hint)) if len(get_args(hint)) > 1 else _shown(get_args(hint)[0])
-    if get_origin(hint) is list:
-        return f"a list such as [{'a, b' if get_args(hint)[0] is str else '1, 2'}]"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]
-
-
-def _shown(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -35,18 +35,19 @@ def overview(commands: dict[str, str]) -> str:
         "gpt: train GPT models and write with them.\n\nusage: gpt <command> [key=value ...]\n\n"
         f"commands:\n{rows}\n\n"
         "flags:\n  --help             what a command can be told\n  --cfg              print the composed config and exit\n"
-        "  --config-dir DIR   your own config groups, laid over the built-in ones\n  --version"
+        "  --config-dir DIR   a folder of your own with more options for the config groups\n  --version"
     )
 
 
 def command(name: str, what: str, config_dir: Path | None = None) -> str:
     """`gpt <command> --help`."""
-    lines = [f"gpt {name}: {what}", "", f"usage: gpt {name} [key=value ...]", "", "examples:"]
+    lines = [f"gpt {name}: {what}", "", f"usage: gpt {name} [key=value ...]"]
+    lines += ["A text is taken word for word as the shell gives it; a list is written [a.txt, 'b c.txt'].", "", "examples:"]
     lines += [f"  {example}   # {why}" for example, why in EXAMPLES[name]]
     if name == "generate":
         return "\n".join([*lines, "", "keys (key=default):", *_section(schema.GenerateConfig, "", {})])
     lines += ["", "groups (group=option):"]
-    for group, options in groups([config_directory(), *([config_dir] if config_dir else [])]).items():
+    for group, options in groups(config_dir).items():
         lines += textwrap.wrap(", ".join(options), WIDTH, initial_indent=f"  {group:<12} ", subsequent_indent=" " * 15)
     lines += ["", "keys (key=default):", *_section(schema.RunConfig, "", _composed_defaults())]
     return "\n".join(lines)

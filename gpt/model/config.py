@@ -6,8 +6,9 @@ so whatever is trained here can be served elsewhere. Imports no torch: the comma
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Architecture = Literal["GPT2", "Llama", "Qwen2", "Qwen3", "GPTNeoX"]
 
@@ -68,15 +69,17 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
-        if not self.head_dim:
-            if self.d_model % self.n_head:
-                below = self.d_model // self.n_head * self.n_head
-                near = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
-                raise ValueError(f"d_model={self.d_model} is not divisible by n_head={self.n_head} (nearest: {near}; or set head_dim)")
-            self.head_dim = self.d_model // self.n_head
+        if self.d_model % self.n_head and not (self.head_dim and self.norm == "rmsnorm"):
+            below = self.d_model // self.n_head * self.n_head
+            near = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
+            free = "; or set head_dim" if self.norm == "rmsnorm" else ""
+            raise ValueError(f"d_model={self.d_model} is not divisible by n_head={self.n_head} (nearest: {near}{free})")
+        self.head_dim = self.head_dim or self.d_model // self.n_head
         if not self.d_ff:
             self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.d_model
         if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            if self.rope_fraction == 1:
+                raise ValueError(f"head_dim={self.head_dim} (d_model / n_head unless set) must be even: rotary positions turn pairs")
             raise ValueError(
                 f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} rotates {self.rotary_dim} dimensions; "
                 "it must be an even number of at least 2"
@@ -84,6 +87,9 @@ class GPTConfig:
         self.stock_architecture()
 
     def _check_ranges(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(get_args(hint))}")
         for name in ("context_length", "n_layer", "n_head", "d_model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -91,12 +97,12 @@ class GPTConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative (0 means: derived)")
         for name in ("rope_theta", "norm_eps", "embedding_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0 and finite")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
         if not 0 < self.rope_fraction <= 1:
-            raise ValueError(f"rope_fraction={self.rope_fraction} must be in (0, 1]")
+            raise ValueError(f"rope_fraction={self.rope_fraction} must be greater than 0 and at most 1")
 
     @property
     def rotary_dim(self) -> int:
@@ -116,18 +122,17 @@ class GPTConfig:
         if rms:
             demands += [("positions", "rotary", because), ("activation", "swiglu", because), ("rope_fraction", 1.0, because)]
             demands += [("parallel_residual", False, because)]
-            demands += [("bias", False, "qk_norm=True")] if self.qk_norm else []
+            demands += [("bias", False, "qk_norm=true")] if self.qk_norm else []
         else:
             demands += [("qk_norm", False, because), ("n_kv_head", self.n_head, because)]
-            demands += [("head_dim", self.d_model / self.n_head, because)]
+            demands += [("head_dim", self.d_model // self.n_head, because)]
             demands += [("parallel_residual", False, f"positions={self.positions}")] if self.positions != "rotary" else []
             if self.activation == "swiglu":
                 raise ValueError(f"activation=swiglu with {because} must be gelu or gelu_tanh: no stock architecture ({family}) is gated")
         for name, value, because in demands:
             if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} with {because} must be {value}: no stock architecture ({family}) can hold another"
-                )
+                found, wanted = str(getattr(self, name)).lower(), str(value).lower()  # true and false, as on the command line
+                raise ValueError(f"{name}={found} with {because} must be {wanted}: no stock architecture ({family}) can hold another")
         if self.norm == "layernorm":
             return "GPTNeoX" if self.positions == "rotary" else "GPT2"
         if self.qk_norm:

@@ -53,7 +53,7 @@ class Progress:
     def update(self, line: dict[str, Any]) -> None:
         """Show one line of training metrics."""
         done = line["seconds"] if self.timed else line["step"]
-        left = _clock((self.total - done) / done * line["seconds"] if done else 0)
+        left = _clock(self.total - done if self.timed else (self.total - done) * line["tokens"] / line["step"] / line["tokens_per_second"])
         text = f"step {line['step']}  loss {line['loss']:.3f}{self._val}  {line['tokens_per_second']:,.0f} tokens/s  {left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)

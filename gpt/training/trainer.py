@@ -11,7 +11,7 @@ import math
 import shutil
 import statistics
 import time
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from gpt.evaluation.perplexity import HeldOutLoss, held_out_loss
 from gpt.inference.generate import generate_text
 from gpt.model.loss import IGNORE, LinearCrossEntropy
 from gpt.model.transformer import GPT
-from gpt.runtime.compiling import compile_model, should_compile
+from gpt.runtime.compiling import CompilerTrial, compile_model, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.signals import StopRequest
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole, save_checkpoint
@@ -99,6 +99,8 @@ class Trainer:
     def _set_up(self) -> None:
         config = self.config
         resumable = self._check_same_run()
+        self.compiled, reason = should_compile(config.compile, self.device, *self._expected_length())
+        trial = CompilerTrial(self.device) if self.compiled else None
         self.corpus = prepare_corpus(config.data, config.tokenizer, config.model.context_length, say)
         self._set_vocab_size(self.corpus)
         self.byte_lengths = self.corpus.tokenizer.byte_lengths()
@@ -121,13 +123,21 @@ class Trainer:
         self.directory.write_config(config)
         self.directory.write_environment(self.device)
         self.corpus.tokenizer.save(self.directory.path / "tokenizer.json")
-        flops = None
-        if self.total_steps is not None:
-            flops = self.model.flops_per_token() * config.train.batch_tokens * (self.total_steps - self.state.step)
-        self.compiled, reason = should_compile(config.compile, self.device, flops)
+        if trial is not None and (problem := trial.problem()):
+            self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
         say(f"model: {self.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
         if self.compiled:
             compile_model(self.model, self.loss)
+
+    def _expected_length(self) -> tuple[float | None, float | None]:
+        """The run's length in floating-point operations and in seconds, as far as the config alone tells."""
+        config, budget = self.config, parse_span("train.budget", self.config.train.budget)
+        tokens = {"steps": budget.amount * config.train.batch_tokens, "tokens": budget.amount}.get(budget.unit)
+        if tokens is None:
+            return None, budget.amount if budget.unit == "seconds" else None
+        with torch.device("meta"):
+            model = GPT(replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size))
+        return model.flops_per_token() * tokens, None
 
     def _check_same_run(self) -> bool:
         """Whether the run directory holds a run to continue.
@@ -206,11 +216,12 @@ class Trainer:
         config, state = self.config, self.state
         save_every = parse_span("checkpoint.every", config.checkpoint.every)
         self.started = time.monotonic() - state.seconds
-        saved_at, saved_step, interval_started, paused = time.monotonic(), state.step, time.monotonic(), 0.0
+        saved_at, saved_step = time.monotonic(), state.step
+        busy: list[float] = []  # seconds of each step since the last line of metrics
+        first = True
         self.model.train()
         with StopRequest() as stop, Progress(self.total_seconds or self.total_steps or 0, self.total_steps is None) as progress:
             while True:
-                pause_started = time.monotonic()
                 improved = self._validation_due() and self._validate(progress, stop)
                 if stop.signal or self._done():
                     break
@@ -219,15 +230,20 @@ class Trainer:
                 if improved or (due and saved_step != state.step):
                     self._save(progress, required=False)
                     saved_at, saved_step = time.monotonic(), state.step
-                paused += time.monotonic() - pause_started
+                step_started = time.monotonic()
                 done = self._step(stop)
                 if done is None:  # a signal came first
                     break
+                busy.append(time.monotonic() - step_started)
                 state.seconds = time.monotonic() - self.started
                 if state.step % config.train.log_every == 0 or self._done():
-                    self.device.synchronize()
-                    progress.update(self._log(*done, time.monotonic() - interval_started - paused))
-                    interval_started, paused = time.monotonic(), 0.0
+                    progress.update(self._log(*done, statistics.fmean(busy)))
+                    busy.clear()
+                elif first:  # it compiles; its time would hide that of the others
+                    busy.clear()
+                if first and self.compiled:
+                    progress.say(f"compiled, and the first step done, in {time.monotonic() - step_started:.1f} s")
+                first = False
             state.seconds = time.monotonic() - self.started
             self._save(progress, required=True)
         self.metrics.close()
@@ -294,9 +310,9 @@ class Trainer:
         kept = list_checkpoints(self.directory.checkpoints)
         return f"the last checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
 
-    def _log(self, factor: float, grad_norm: float, seconds: float) -> dict[str, Any]:
+    def _log(self, factor: float, grad_norm: float, seconds_per_step: float) -> dict[str, Any]:
         state, config = self.state, self.config
-        rate = config.train.batch_tokens * state.interval_steps / seconds if seconds > 0 else 0.0
+        rate = config.train.batch_tokens / seconds_per_step
         peak = self.device.peak_flops
         line = {
             "step": state.step,

@@ -1,0 +1,588 @@
+"""The schema and the values: everything under configs/ composes, every key exists, every type is checked, presets are faithful."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import math
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpt.config
+import gpt.model.config
+from gpt.compose import compose_run, config_directory, groups, load_run
+from gpt.config import GenerateConfig, RunConfig, Span, TokenizerConfig, TrainConfig, parse_span
+from gpt.errors import UserError
+from gpt.model.config import Architecture, GPTConfig
+from gpt.typed import from_dict, nearest, nearest_key, schema_keys, shown
+
+CONFIGS = config_directory()
+OPTIONS = [(group, option) for group, options in groups().items() for option in options]
+NEEDS = {  # what an option cannot do without
+    ("data", "text"): ["data.paths=[book.txt]"],
+    ("tokenizer", "pretrained"): ["tokenizer.path=gpt2"],
+    ("experiment", "gpt2_from_scratch"): ["data.paths=[book.txt]"],
+}
+
+
+def compose(*arguments: str) -> RunConfig:
+    return compose_run("pretrain", arguments)
+
+
+# configs/
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(pair) for pair in OPTIONS])
+def test_every_option_composes_and_validates(group, option):
+    config = compose(f"{group}={option}", *NEEDS.get((group, option), []))
+    values = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    values.pop("defaults", None)
+    composed = config.to_dict()
+    for key, value in leaves(values if group not in composed else {group: values}):  # each value arrives
+        section = composed
+        for part in key.split("."):
+            section = section[part]
+        assert section == value or (key.startswith("model.") and value == 0), key
+    assert from_dict(RunConfig, config.to_dict()) == config
+
+
+def test_experiments_and_debug_modes_go_together_with_every_model():
+    for experiment, model in itertools.product(groups()["experiment"], groups()["model"]):
+        config = compose(f"experiment={experiment}", f"model={model}", *NEEDS.get(("experiment", experiment), []))
+        assert config.model.positions == compose(f"model={model}").model.positions
+    for experiment, debug in itertools.product(groups()["experiment"], groups()["debug"]):
+        config = compose(
+            f"experiment={experiment}", f"debug={debug}", "tokenizer.path=null", "data=text", "data.paths=[x]", "tokenizer=bpe"
+        )
+        assert config.train.batch_tokens == 512
+
+
+def test_the_default_run_is_small_and_needs_nothing():
+    config = compose()
+    assert config.model.stock_architecture() == "Qwen3"
+    assert parse_span("train.budget", config.train.budget).unit == "tokens", "its quality must not depend on the machine"
+    assert config.data.source == "stdlib"
+    assert config.command == "pretrain"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_key_of_every_file_exists(file):
+    text = file.read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    defaults = values.pop("defaults", [])
+    is_global = text.startswith("# @package _global_\n") or file.parent == CONFIGS
+    prefix = "" if is_global else f"{file.parent.name}."
+    keys = schema_keys(RunConfig)
+    for key, _ in leaves(values):
+        assert prefix + key in keys
+    for entry in defaults:
+        for group, option in entry.items() if isinstance(entry, dict) else ():
+            assert option is None or option in groups()[group.removeprefix("override /")]
+    assert any(line.startswith("# ") and "@package" not in line for line in text.splitlines()), "say what it is for"
+
+
+def test_groups_are_the_sections_and_two_more():
+    sections = {name for name, hint in schema_keys(RunConfig).items() if dataclasses.is_dataclass(hint)}
+    assert set(groups()) == sections - {"run"} | {"experiment", "debug"}
+
+
+def test_a_file_with_a_bad_key_is_refused(tmp_path):
+    for file in sorted((CONFIGS / "model").glob("*.yaml")):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "bad.yaml").write_text(file.read_text(encoding="utf-8") + "\nrope_thta: 1.0\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"model\.rope_thta=1: no such key\. Did you mean model\.rope_theta\?"):
+            compose_run("pretrain", ["model=bad"], tmp_path)
+
+
+def leaves(values: dict, prefix: str = "") -> list[tuple[str, object]]:
+    found = []
+    for key, value in values.items():
+        found += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
+
+
+# Precedence
+
+
+def test_the_command_line_beats_the_experiment_beats_the_group():
+    assert compose().model.n_layer == 4
+    assert compose("experiment=quick").model.n_layer == 2
+    assert compose("experiment=quick", "model.n_layer=5").model.n_layer == 5
+    assert compose("model.n_layer=5", "experiment=quick").model.n_layer == 5
+    config = compose("experiment=quick", "model=gpt2")
+    assert (config.model.n_layer, config.model.d_model, config.model.vocab_size) == (2, 128, 50257)
+    assert compose("experiment=gpt2_from_scratch", "model=nano", "data.paths=[x]").model.norm == "rmsnorm"
+    assert compose("experiment=gpt2_from_scratch", "data.paths=[x]").model.d_model == 768
+
+
+@pytest.mark.parametrize("arguments", [("model=gpt2", "model.n_layer=2"), ("model.n_layer=2", "model=gpt2")])
+def test_a_key_beats_its_group_in_either_order(arguments):
+    config = compose(*arguments)
+    assert (config.model.n_layer, config.model.d_model) == (2, 768)
+
+
+def test_the_last_of_two_settings_counts():
+    assert compose("seed=1", "seed=2").seed == 2
+    assert compose("model=gpt2", "model=nano").model.d_model == 192
+    assert compose("experiment=quick", "experiment=null") == compose()
+
+
+def test_composing_twice_is_composing_once():
+    first, second = compose(), compose()
+    assert first == second
+    first.train.sample_prompts.append("x")
+    assert second.train.sample_prompts == compose().train.sample_prompts != first.train.sample_prompts
+
+
+# Resuming
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "runs" / "mine"
+    directory.mkdir(parents=True)
+    config = compose("model=transformer-2017", "seed=5", "run.id=other", "data=text", "data.paths=['it\\'s ${x}']")
+    (directory / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    return directory
+
+
+def test_a_run_directory_is_continued_with_its_own_config(run_directory):
+    config = compose(f"resume={run_directory}", "train.budget=9Mtokens", "device.name=cpu")
+    assert (config.seed, config.model.d_model, config.data.paths) == (5, 512, ["it's ${x}"])
+    assert (config.run.id, Path(config.run.dir)) == ("mine", run_directory.parent)
+    assert (config.train.budget, config.device.name, config.resume) == ("9Mtokens", "cpu", str(run_directory))
+    assert load_run(run_directory).run.id == "other"
+
+
+def test_a_run_directory_is_found_by_any_name(run_directory, monkeypatch):
+    (run_directory.parent / "latest").symlink_to("mine")
+    monkeypatch.chdir(run_directory)
+    monkeypatch.setenv("HOME", str(run_directory.parent))
+    for name in (".", "../mine", "../mine/", "../latest", "../../runs/mine", str(run_directory), "~/mine"):
+        run = compose(f"resume={name}").run
+        assert (Path(run.dir) / run.id).resolve() == run_directory, name
+        assert run.id == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("model=nano", r"^model=nano: a run is continued with the groups it has; change single keys, such as model\.vocab_size="),
+        ("device=cpu", r"such as device\.name="),
+        ("experiment=quick", r"such as train\.budget="),
+        ("run.id=b", r"^run\.id=b: .*own directory"),
+        ("run.dir=b", r"^run\.dir=b: .*own directory"),
+        ("seed=x", r"^seed=x: must be a whole number"),
+        ("train.batch_tokens=3", r"^train\.batch_tokens=3 is not a multiple"),
+    ],
+)
+def test_what_cannot_change_in_a_run(argument, said, run_directory):
+    with pytest.raises(UserError, match=said):
+        compose(f"resume={run_directory}", argument)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"model: {n_layre: 3}", r"config\.yaml: model\.n_layre=3: no such key\. Did you mean model\.n_layer\?"),
+        (b"model: {n_layer: [1]}", r"config\.yaml: model\.n_layer=\[1\]: must be a whole number"),
+        (b"model: 3", r"config\.yaml: model=3: must be a section"),
+        (b"", r"config\.yaml: config=null: must be a section"),
+        (b"- 1", r"config\.yaml: config=\[1\]: must be a section"),
+        (b"model: [", r"config\.yaml cannot be read"),
+        (b"seed: \xff", r"config\.yaml cannot be read"),
+    ],
+)
+def test_a_spoilt_config_file_of_a_run_is_named(text, said, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=said) as caught:
+        load_run(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_directory_without_a_config_file(tmp_path):
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        load_run(tmp_path)
+
+
+# The schema
+
+
+def dataclasses_of(module) -> list[type]:
+    return [c for c in vars(module).values() if inspect.isclass(c) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
+
+
+@pytest.mark.parametrize("module", [gpt.config, gpt.model.config], ids=lambda m: m.__name__)
+def test_every_field_has_a_docstring(module):
+    tree = ast.parse(inspect.getsource(module))
+    documented = {
+        (node.name, field.target.id)
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        for field, text in itertools.pairwise(node.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and str(text.value.value).strip().endswith((".", "?"))
+    }
+    assert dataclasses_of(module)
+    for cls in dataclasses_of(module):
+        assert cls.__doc__
+        assert not cls.__doc__.startswith(f"{cls.__name__}("), "dataclass writes that by itself"
+        for name, hint in typing.get_type_hints(cls).items():
+            if not dataclasses.is_dataclass(hint):  # a section, which its own class describes
+                assert (cls.__name__, name) in documented
+
+
+def test_no_two_configs_share_a_list():
+    a, b = RunConfig(), RunConfig()
+    a.data.paths.append("x")
+    assert b.data.paths == []
+
+
+def check(hint: object, value: object) -> object:
+    """`value` through `from_dict` of a dataclass whose one field has this type."""
+    cls = dataclasses.make_dataclass("Section", [("key", hint)])
+    return from_dict(cls, {"key": value}, "section.").key
+
+
+L = typing.Literal["auto", True, False]
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "expected"),
+    [
+        (int, 3, 3), (int, 1e3, 1000), (int, -2.0, -2), (float, 3, 3.0), (float, 1e-9, 1e-9), (bool, True, True),
+        (bool, False, False), (str, "x", "x"), (str, "", ""), (str, 500, "500"), (str, 1.5, "1.5"), (str | None, None, None),
+        (str | None, "x", "x"), (int | None, None, None), (int | None, 3, 3), (L, "auto", "auto"), (L, True, True), (L, False, False),
+        (typing.Literal["auto"] | int, "auto", "auto"), (typing.Literal["auto"] | int, 4, 4), (list[str], ["a", "b"], ["a", "b"]),
+        (list[str], "a", ["a"]), (list[str], [], []), (list[str], [1, "b"], ["1", "b"]), (list[int], [1, 2.0], [1, 2]),
+    ],
+)  # fmt: skip
+def test_values_that_fit(hint, value, expected):
+    found = check(hint, value)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "said"),
+    [
+        (int, True, "section.key=true: must be a whole number"),
+        (int, 2.5, "section.key=2.5: must be a whole number"),
+        (int, "3", "section.key='3': must be a whole number"),
+        (int, "three", "section.key=three: must be a whole number"),
+        (int, None, "section.key=null: must be a whole number"),
+        (int, math.inf, "section.key=inf: must be a whole number"),
+        (int, math.nan, "section.key=nan: must be a whole number"),
+        (int, [3], "section.key=[3]: must be a whole number"),
+        (float, True, "section.key=true: must be a number"),
+        (float, "0.1", "section.key='0.1': must be a number"),
+        (float, math.nan, "section.key=nan: must be a finite number"),
+        (float, -math.inf, "section.key=-inf: must be a finite number"),
+        (float, None, "section.key=null: must be a number"),
+        (bool, 1, "section.key=1: must be true or false"),
+        (bool, 0.0, "section.key=0: must be true or false"),
+        (bool, "true", "section.key=true: must be true or false"),
+        (str, True, "section.key=true: must be text"),
+        (str, None, "section.key=null: must be text"),
+        (str, ["x"], "section.key=[x]: must be text"),
+        (str | None, False, "section.key=false: must be text or null"),
+        (int | None, "x", "section.key=x: must be a whole number or null"),
+        (L, 1, "section.key=1: must be one of auto, true, false"),
+        (L, 0, "section.key=0: must be one of auto, true, false"),
+        (L, "atuo", "section.key=atuo: must be one of auto, true, false. Did you mean auto?"),
+        (L, None, "section.key=null: must be one of auto, true, false"),
+        (typing.Literal["one"], "two", "section.key=two: must be one"),
+        (typing.Literal["auto"] | int, "aut", "section.key=aut: must be auto or a whole number. Did you mean auto?"),
+        (list[str], None, "section.key=null: must be a list such as [a, b]"),
+        (list[str], 3, "section.key=3: must be a list such as [a, b]"),
+        (list[str], ["a", None], "section.key[1]=null: must be text"),
+        (list[str], ["a", ["b"]], "section.key[1]=[b]: must be text"),
+        (list[int], ["a"], "section.key[0]=a: must be a whole number"),
+        (list[int], None, "section.key=null: must be a list such as [1, 2]"),
+        (TokenizerConfig, None, "section.key=null: must be a section with keys (name, vocab_size, path ...), not a single value"),
+        (TokenizerConfig, "bpe", "section.key=bpe: must be a section with keys (name, vocab_size, path ...), not a single value"),
+        (TokenizerConfig, {"name": "bep"}, "section.key.name=bep: must be one of bpe, byte, pretrained. Did you mean bpe?"),
+        (TokenizerConfig, {"vocab": 3}, "section.key.vocab=3: no such key. Did you mean section.key.vocab_size?"),
+        (GPTConfig, {"n_layer": 0}, "section.key.n_layer=0 must be at least 1"),
+    ],
+)
+def test_values_that_do_not_fit(hint, value, said):
+    with pytest.raises(UserError) as caught:
+        check(hint, value)
+    assert str(caught.value) == said
+
+
+def test_an_unknown_key_deep_in_a_file():
+    values = yaml.safe_load("train: {budget: 3steps}\nmodel:\n  n_layer: 2\n  n_haed: 2\n")
+    with pytest.raises(UserError, match=r"^model\.n_haed=2: no such key\. Did you mean model\.n_head\?$"):
+        from_dict(RunConfig, values)
+    with pytest.raises(UserError, match=r"^trian=.*no such key\. Did you mean train\?$"):
+        from_dict(RunConfig, {"trian": {"budget": "3steps"}})
+
+
+def test_what_a_dict_leaves_out_keeps_its_default():
+    assert from_dict(RunConfig, {}) == RunConfig()
+    assert from_dict(TrainConfig, {"log_every": 3}) == TrainConfig(log_every=3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.builds(
+        GenerateConfig,
+        model=st.text(),
+        prompt=st.text(),
+        stop=st.lists(st.text()),
+        temperature=st.floats(0, 1e9),
+        seed=st.none() | st.integers(),
+    )
+)
+def test_to_dict_and_back(config):
+    assert from_dict(GenerateConfig, dataclasses.asdict(config)) == config
+
+
+# Lengths of time
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("500", Span("steps", 500)), ("500steps", Span("steps", 500)), ("1step", Span("steps", 1)), ("2ksteps", Span("steps", 2000)),
+        ("10Mtokens", Span("tokens", 1e7)), ("4700ktokens", Span("tokens", 4.7e6)), ("1.5Btokens", Span("tokens", 1.5e9)),
+        ("2Gtokens", Span("tokens", 2e9)), ("1Ttokens", Span("tokens", 1e12)), ("1_000_000tokens", Span("tokens", 1e6)),
+        ("1e6tokens", Span("tokens", 1e6)), ("1token", Span("tokens", 1)), ("2epochs", Span("epochs", 2)),
+        ("0.5epochs", Span("epochs", 0.5)),
+        ("1epoch", Span("epochs", 1)), ("90s", Span("seconds", 90)), ("90sec", Span("seconds", 90)), ("3min", Span("seconds", 180)),
+        ("0.5min", Span("seconds", 30)), ("2h", Span("seconds", 7200)), (" 3 min ", Span("seconds", 180)),
+        ("3 Mtokens", Span("tokens", 3e6)),
+    ],
+)  # fmt: skip
+def test_spans(text, expected):
+    assert parse_span("train.budget", text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "0", "0steps", "0.0tokens", "0h", "-5steps", "5stepps", "steps", "min", "5 days", "1e999steps", "1e400h", "0.5steps", "0.1",
+     "nan", "inf", "null", "3m", "3M min tokens", "1,000steps", "5steps 3min", "٣steps", "5steps;", "--5", "1e3e3steps"],
+)  # fmt: skip
+def test_lengths_that_are_none(text):
+    with pytest.raises(UserError) as caught:
+        parse_span("train.budget", text)
+    assert str(caught.value) == f"train.budget={text}: must be a length such as 500steps, 10Mtokens, 2epochs, 90s or 3min"
+
+
+def test_a_length_in_a_unit_that_does_not_count_here():
+    assert parse_span("checkpoint.every", "3min", ("steps", "seconds")).amount == 180
+    with pytest.raises(UserError, match=r"^checkpoint\.every=3epochs: must be a length such as 500steps, 90s or 3min$"):
+        parse_span("checkpoint.every", "3epochs", ("steps", "seconds"))
+
+
+# The nearest right name
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("n_layer", "model.n_layer"), ("n_hed", "model.n_head"), ("model.n_hed", "model.n_head"), ("modl.n_head", "model.n_head"),
+        ("lr", "optimizer.lr"), ("train.lr", "optimizer.lr"), ("train.warmup", "schedule.warmup"), ("warmup", "schedule.warmup"),
+        ("model.vocab", "model.vocab_size"), ("tokenizer.vocab", "tokenizer.vocab_size"), ("sed", "seed"), ("trian", "train"),
+        ("optimiser.lr", "optimizer.lr"), ("train.batch_token", "train.batch_tokens"), ("run.dirr", "run.dir"), ("paths", "data.paths"),
+        ("data.name", None), ("name", None), ("launch.nproc", None), ("init", None), ("prompt", None), ("", None), ("🤖", None),
+    ],
+)  # fmt: skip
+def test_the_nearest_key(typed, meant):
+    assert nearest_key(typed, schema_keys(RunConfig)) == (f". Did you mean {meant}?" if meant else "")
+
+
+def test_the_nearest_name():
+    assert nearest("gpt3", ["nano", "gpt2", "gpt2-xl"]) == ". Did you mean gpt2?"
+    assert nearest("gpu", ["auto", "cpu", "cuda"]) == ". Did you mean cuda?"
+    assert nearest("book.tx", ["aaa.txt", "book.txt"]) == ". Did you mean book.txt?"  # the ending alone is no likeness
+    assert nearest("zzz", ["nano", "gpt2"]) == ""
+    assert nearest("gpt3", iter(["gpt2"])) == ". Did you mean gpt2?"
+
+
+def test_values_are_shown_as_they_are_typed():
+    values = [None, True, False, 1, 1.0, 1e-5, "a b", ["a", None, [1.5]], {"a": 1}]
+    assert [shown(v) for v in values] == ["null", "true", "false", "1", "1", "1e-05", "a b", "[a, null, [1.5]]", "{'a': 1}"]
+    assert len(shown("x" * 10_000)) < 300
+
+
+# Presets
+
+# name: (n_layer, n_head, d_model, d_ff, parameters with the embedding counted once)
+GPT2 = {
+    "gpt2": (12, 12, 768, 3072, 124_439_808),
+    "gpt2-medium": (24, 16, 1024, 4096, 354_823_168),
+    "gpt2-large": (36, 20, 1280, 5120, 774_030_080),
+    "gpt2-xl": (48, 25, 1600, 6400, 1_557_611_200),
+}
+
+
+@pytest.mark.parametrize("name", GPT2)
+def test_the_gpt2_presets_are_those_that_openai_released(name):
+    model = compose(f"model={name}").model
+    layers, heads, width, inner, parameters = GPT2[name]
+    assert (model.n_layer, model.n_head, model.d_model, model.d_ff) == (layers, heads, width, inner)
+    assert (model.vocab_size, model.context_length, model.head_dim, model.n_kv_head) == (50257, 1024, 64, heads)
+    assert (model.positions, model.norm, model.norm_eps, model.activation) == ("learned", "layernorm", 1e-5, "gelu_tanh")
+    assert (model.bias, model.tie_embeddings, model.embedding_scale, model.parallel_residual) == (True, True, 1.0, False)
+    assert model.stock_architecture() == "GPT2"
+    embeddings = (model.vocab_size + model.context_length) * width
+    block = 4 * width * width + 4 * width + 2 * width * model.d_ff + width + model.d_ff + 4 * width
+    assert embeddings + layers * block + 2 * width == parameters
+
+
+def test_the_2017_transformer_has_its_base_size():
+    model = compose("model=transformer-2017").model
+    assert (model.n_layer, model.n_head, model.d_model, model.d_ff, model.head_dim) == (6, 8, 512, 2048, 64)
+    assert (model.positions, model.dropout, model.tie_embeddings) == ("sinusoidal", 0.1, True)
+    assert model.embedding_scale == pytest.approx(math.sqrt(512), rel=1e-15)
+    assert model.stock_architecture() == "GPT2"
+
+
+def test_nano_has_the_shape_of_qwen3():
+    model = compose("model=nano").model
+    assert (model.positions, model.norm, model.qk_norm, model.activation, model.bias) == ("rotary", "rmsnorm", True, "swiglu", False)
+    assert model.stock_architecture() == "Qwen3"
+
+
+# GPTConfig
+
+
+def test_sizes_are_derived():
+    config = GPTConfig(n_head=12, d_model=768)
+    assert (config.n_kv_head, config.head_dim, config.d_ff) == (12, 64, 3072)
+    swiglu = GPTConfig(n_head=12, d_model=768, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False)
+    assert swiglu.d_ff == 2048
+    assert dataclasses.replace(config) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"d_model": 770}, "d_model=770 is not divisible by n_head=12 (nearest: 768 or 780)"),
+        ({"d_model": 770, "head_dim": 64}, "d_model=770 is not divisible by n_head=12 (nearest: 768 or 780)"),
+        ({"d_model": 5}, "d_model=5 is not divisible by n_head=12 (nearest: 12)"),
+        ({"head_dim": 32}, "head_dim=32 with norm=layernorm must be 64: no stock architecture (GPT-2, GPT-NeoX) can hold another"),
+        ({"n_kv_head": 5}, "n_kv_head=5 does not divide n_head=12"),
+        ({"n_kv_head": 4}, "n_kv_head=4 with norm=layernorm must be 12: no stock architecture (GPT-2, GPT-NeoX) can hold another"),
+        ({"positions": "rotray"}, "positions=rotray must be one of learned, sinusoidal, rotary, none"),
+        ({"norm": "batchnorm"}, "norm=batchnorm must be one of layernorm, rmsnorm"),
+        ({"activation": "relu"}, "activation=relu must be one of gelu, gelu_tanh, swiglu"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and less than 1"),
+        ({"dropout": math.nan}, "dropout=nan must be at least 0 and less than 1"),
+        ({"norm_eps": math.inf}, "norm_eps=inf must be greater than 0 and finite"),
+        ({"norm_eps": math.nan}, "norm_eps=nan must be greater than 0 and finite"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be greater than 0 and finite"),
+        ({"rope_fraction": 1.5}, "rope_fraction=1.5 must be greater than 0 and at most 1"),
+        ({"vocab_size": -1}, "vocab_size=-1 must not be negative (0 means: derived)"),
+        ({"context_length": 0}, "context_length=0 must be at least 1"),
+        (
+            {"positions": "rotary", "rope_fraction": 0.01},
+            "rope_fraction=0.01 of head_dim=64 rotates 0 dimensions; it must be an even number of at least 2",
+        ),
+        (
+            {"positions": "rotary", "d_model": 36},
+            "head_dim=3 (d_model / n_head unless set) must be even: rotary positions turn pairs",
+        ),
+        (
+            {"qk_norm": True},
+            "qk_norm=true with norm=layernorm must be false: no stock architecture (GPT-2, GPT-NeoX) can hold another",
+        ),
+        (
+            {"parallel_residual": True},
+            "parallel_residual=true with positions=learned must be false: no stock architecture (GPT-2, GPT-NeoX) can hold another",
+        ),
+        (
+            {"activation": "swiglu"},
+            "activation=swiglu with norm=layernorm must be gelu or gelu_tanh: no stock architecture (GPT-2, GPT-NeoX) is gated",
+        ),
+        (
+            {"norm": "rmsnorm", "positions": "none"},
+            "positions=none with norm=rmsnorm must be rotary: no stock architecture (Llama, Qwen2, Qwen3) can hold another",
+        ),
+        (
+            {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "qk_norm": True},
+            "bias=true with qk_norm=true must be false: no stock architecture (Llama, Qwen2, Qwen3) can hold another",
+        ),
+    ],
+)
+def test_shapes_that_are_refused(values, said):
+    with pytest.raises(ValueError) as caught:
+        GPTConfig(**values)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("values", "architecture"),
+    [
+        ({}, "GPT2"),
+        ({"positions": "sinusoidal"}, "GPT2"),
+        ({"positions": "none", "activation": "gelu", "bias": False}, "GPT2"),
+        ({"positions": "rotary", "rope_fraction": 0.25, "parallel_residual": True}, "GPTNeoX"),
+        ({"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": True}, "Llama"),
+        ({"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "n_kv_head": 4, "head_dim": 128}, "Llama"),
+        ({"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "qkv_bias": True}, "Qwen2"),
+        ({"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "qk_norm": True}, "Qwen3"),
+    ],
+)
+def test_shapes_and_their_stock_architecture(values, architecture):
+    assert GPTConfig(**values).stock_architecture() == architecture
+
+
+CHOICES = {
+    name: [*typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else [False, True]
+    for name, hint in typing.get_type_hints(GPTConfig).items()
+    if typing.get_origin(hint) is typing.Literal or hint is bool
+}
+
+
+def test_every_combination_of_choices_has_an_architecture_or_names_the_field():
+    accepted = set()
+    for values in itertools.product(*CHOICES.values()):
+        accepted.add(architecture_or_field(dict(zip(CHOICES, values, strict=True))))
+    assert set(typing.get_args(Architecture)) <= accepted
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **{name: st.sampled_from(options) for name, options in CHOICES.items()},
+            **{n: st.integers(-1, 5) for n in ("n_layer", "context_length", "n_kv_head")},
+            **{n: st.integers(-1, 16) for n in ("n_head", "head_dim", "d_model", "d_ff", "vocab_size")},
+            **{n: st.floats() for n in ("rope_theta", "norm_eps", "embedding_scale")},
+            **{n: st.floats(-0.5, 1.5) for n in ("rope_fraction", "dropout")},
+        },
+    )
+)
+def test_any_values_have_an_architecture_or_name_the_field(values):
+    architecture_or_field(values)
+
+
+def architecture_or_field(values: dict) -> str:
+    problem: ValueError | None = None
+    try:
+        config = GPTConfig(**values)
+    except ValueError as error:
+        problem = error
+    if problem:
+        name = str(problem).partition("=")[0]
+        assert name in typing.get_type_hints(GPTConfig), problem
+        assert "\n" not in str(problem)
+        return name
+    architecture = config.stock_architecture()
+    assert architecture in typing.get_args(Architecture)
+    assert config.n_head % config.n_kv_head == 0
+    assert min(config.head_dim, config.d_ff, config.n_kv_head) > 0
+    assert dataclasses.replace(config) == config, "building it again from its own values changes nothing"
+    assert architecture not in ("GPT2", "GPTNeoX") or config.head_dim * config.n_head == config.d_model
+    return architecture
