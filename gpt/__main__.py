@@ -1,7 +1,5 @@
 """`python -m gpt` is `gpt`."""
 
-import sys
+from gpt.cli import run
 
-from gpt.cli import main
-
-sys.exit(main())
+run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone (`gpt generate | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def run() -> None:
+    """The `gpt` console script: `main`, then the end of the process, also while a compilation goes on in the background."""
+    code = main()
+    if threading.active_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _one_line(text: str) -> str:
@@ -132,4 +143,4 @@ def _generate(arguments: list[str], show: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -117,9 +117,8 @@ def step() -> None:
     square = torch.randn(2048, 2048, device=DEVICE.type, dtype=DEVICE.dtype)
     rate = 2 * 2048**3 / in_turn({"product": lambda: square @ square})["product"]
     for name, seconds in rows.items():
-        print(
-            f"- {name}: {config.train.batch_tokens / seconds:,.0f} tokens/s, {flops / seconds / rate:.0%} of a 2048^3 {DEVICE.dtype} product's rate"
-        )
+        share = flops / seconds / rate
+        print(f"- {name}: {config.train.batch_tokens / seconds:,.0f} tokens/s, {share:.0%} of the rate of a 2048^3 product")
 
 
 def encoding() -> None:

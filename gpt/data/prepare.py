@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,9 @@ from gpt.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_
 from gpt.errors import UserError
 
 SPLITS = ("train", "held_out")
-_COMPRESSED_BYTES = 8 << 20  # xz -9e takes a second a megabyte: enough text for a fair figure
+# BPE learns from every second, third ... document of a larger corpus: on the standard library half of the text gives as many
+# bytes per token on held-out text as all of it, in half the time.
+_BPE_CHARACTERS = 8_000_000
 
 
 @dataclass
@@ -93,7 +93,7 @@ def _build(
         )
         raise UserError(f"data: there is no text in the corpus{left_out}")
     training = [d.text for d in documents if not d.held_out]
-    say(f"making the tokenizer from {sum(map(len, training)) / 1e6:.1f} million characters")
+    say(f"{sum(map(len, training)) / 1e6:.1f} million characters; making the tokenizer")
     tokenizer = _make_tokenizer(config, training)
     tokenizer.save(directory / "tokenizer.json")
     # A fresh one with a piece of the text to check the fast encoder on.
@@ -113,10 +113,6 @@ def _build(
         index.tokens[split] = writer.sizes
         index.bytes[split] = sum(len(t.encode()) for t in texts)
         index.documents[split] = len(texts)
-    held_out = "".join(d.text for d in documents if d.held_out).encode()[:_COMPRESSED_BYTES]
-    if held_out:
-        index.held_out_gzip = 8 * len(gzip.compress(held_out, 9)) / len(held_out)
-        index.held_out_xz = 8 * len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)) / len(held_out)
     write_index(directory, index)
 
 
@@ -125,4 +121,5 @@ def _make_tokenizer(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
         return byte_tokenizer()
     if config.name == "pretrained":
         return load_tokenizer(config.path or "")
-    return train_bpe(texts, config.vocab_size, len(texts))
+    stride = -(-sum(map(len, texts)) // _BPE_CHARACTERS)
+    return train_bpe(texts[:: max(1, stride)], config.vocab_size)

@@ -41,10 +41,6 @@ class Index:
     """Split -> bytes of text."""
     documents: dict[str, int] = field(default_factory=dict)
     """Split -> documents."""
-    held_out_gzip: float = 0.0
-    """Bits per byte of `gzip -9` on the held-out text."""
-    held_out_xz: float = 0.0
-    """Bits per byte of `xz -9e` on the held-out text."""
     notes: list[str] = field(default_factory=list)
     """What reading the text met."""
 

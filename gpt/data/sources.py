@@ -81,8 +81,11 @@ def find_files(config: DataConfig) -> list[SourceFile]:
     """
     if config.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        found = (SourceFile.below(root, path) for path in root.rglob("*.py"))
-        return sorted((f for f in found if not _SKIPPED_FOLDERS & set(f.name.split("/")[:-1])), key=lambda f: f.name)
+        found = []
+        for where, folders, names in os.walk(root):
+            folders[:] = [f for f in folders if f not in _SKIPPED_FOLDERS]  # site-packages may hold a hundred thousand files
+            found += [SourceFile.below(root, Path(where, n)) for n in names if n.endswith(".py")]
+        return sorted(found, key=lambda f: f.name)
     files: dict[Path, SourceFile] = {}
     for pattern in config.paths:
         for file in _matching(pattern):

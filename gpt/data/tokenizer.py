@@ -103,13 +103,12 @@ class Tokenizer:
         )  # fmt: skip
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, length: int | None = None) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE.
 
     Args:
         texts: what to learn from.
         vocab_size: ids to make: 256 bytes, the end-of-text token, and merges.
-        length: how many texts there are, for the progress bar.
 
     Raises:
         UserError: vocab_size below 257, or more than the text has merges for.
@@ -122,7 +121,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, length: int | None = None) 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=_byte_alphabet(), show_progress=False, max_token_length=32
     )  # pyright: ignore[reportCallIssue]
-    backend.train_from_iterator(texts, trainer, length=length)
+    backend.train_from_iterator(texts, trainer)
     made = backend.get_vocab_size()
     if made < vocab_size:
         raise UserError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import os
 import subprocess
 import threading
@@ -9,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device
@@ -18,7 +22,7 @@ _PAYS_AFTER_SECONDS = 60
 _ASSUMED_FLOPS = {"cpu": 2.5e11, "cuda": 2e14}  # eager, of a machine that is neither slow nor fast
 
 # What torch.compile may ask of a C++ compiler on x86.
-_VECTOR_FLAGS = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 -mfma".split()
+_VECTOR_FLAGS = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 -mfma"
 
 
 def should_compile(
@@ -45,56 +49,85 @@ def should_compile(
     return True, "compiled block by block"
 
 
-class CompilerTrial:
-    """Compiles something small in the background, while a run still reads its text.
+class CompileAhead:
+    """Compiles one block and the loss in the shapes of a run, in the background, while the run still reads its text.
 
-    It shows whether the compiler works here at all, and has torch's C++ headers parsed, which the first compilation on a machine
-    spends four seconds of one core on.
+    What it compiles is in torch's caches when the model itself asks for it, which takes ten seconds off a first start; and it
+    shows whether the compiler works here at all. Join it (`problem`) before seeding anything: dropout draws from the generator.
 
     Args:
-        device: where the run is; there is something to do on a CPU only.
+        device: where the run is.
+        config: the model's; a `vocab_size` that turns out to be another only means that the loss is compiled later.
+        micro_batch: sequences per pass.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, config: GPTConfig, micro_batch: int) -> None:
         self._problem: str | None = None
-        self._thread: threading.Thread | None = None
-        if device.type == "cpu":
-            self._thread = threading.Thread(target=self._compile, daemon=True)
-            self._thread.start()
+        # Not daemons: Python aborts when it ends under one that is in torch's C++ code. `gpt.cli.run` does not wait for them.
+        self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch))
+        self._thread.start()
 
     def problem(self) -> str | None:
-        """Wait for the trial; what went wrong in one line, or None."""
-        if self._thread is not None:
-            self._thread.join()
+        """Wait until it is done; what went wrong in one line, or None."""
+        self._thread.join()
         return self._problem
 
-    def _compile(self) -> None:
+    def _compile(self, device: Device, config: GPTConfig, micro_batch: int) -> None:
         try:
-            _skip_vector_probes()
-            torch.compile(torch.relu)(torch.ones(16))
+            if device.type == "cpu":
+                _skip_vector_probes()
+                threading.Thread(target=_parse_headers).start()
+            model = GPT.materialise(dataclasses.replace(config, n_layer=1), device.type)
+            for p in model.parameters():
+                torch.nn.init.constant_(p, 0.01)
+            loss = LinearCrossEntropy(device.dtype)
+            compile_model(model, loss)
+            tokens = torch.zeros(micro_batch, config.context_length, dtype=torch.int64, device=device.type)
+            with device.autocast():
+                hidden = model.hidden_states(tokens)
+            loss(hidden, model.head.weight, tokens).backward()
         except Exception as error:  # whatever a compiler may do, the run can go on without it
             self._problem = " ".join(str(error).split())[:200]
 
 
+def _parse_headers() -> None:
+    """Have torch's C++ headers precompiled, five seconds of one core on a machine's first run, while Python still traces the model.
+
+    Through an inner function of torch, for want of a public one. It is a head start and no more: whatever goes wrong here goes
+    wrong again, or does not, in the compilation itself, which reports it.
+    """
+    source = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(float* x) { at::vec::Vectorized<float>::loadu(x); }'
+    _skip_vector_probes()
+    with contextlib.suppress(Exception):
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
+
+
 def compile_model(model: GPT, loss: LinearCrossEntropy) -> None:
     """Compile each block and the loss's softmax in place, for fixed shapes; parameter names stay as they are."""
+    _skip_vector_probes()
     for block in model.blocks:
         block.compile(dynamic=False)
     loss.compile_softmax(dynamic=False)
 
 
 def _skip_vector_probes() -> None:
-    """Save eight seconds of every start on x86.
+    """Save eight seconds of every start on x86; to be called in each thread that compiles, since the setting is the thread's own.
 
     For each instruction set that the CPU has, torch.compile builds a test program and loads it in a new Python process, which
     imports torch. All that this can find out is that the compiler is too old to know the set, and asking it takes no time.
     """
     import torch._inductor.config as inductor
 
-    command = [os.environ.get("CXX", "g++"), *_VECTOR_FLAGS, "-fsyntax-only", "-x", "c++", os.devnull]
-    try:
-        known = subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
-    except OSError:  # another compiler, which torch will find
-        return
-    if known and inductor.cpp.vec_isa_ok is None:
+    if inductor.cpp.vec_isa_ok is None and _compiler_knows_vectors():
         inductor.cpp.vec_isa_ok = True
+
+
+@functools.cache
+def _compiler_knows_vectors() -> bool:
+    command = [os.environ.get("CXX", "g++"), *_VECTOR_FLAGS.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    except OSError:  # another compiler, which torch will find
+        return False

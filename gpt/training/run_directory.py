@@ -35,7 +35,7 @@ class RunDirectory:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.path = Path(config.run.dir) / config.run.id
+        self.path = Path(config.run.dir).expanduser() / config.run.id
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")

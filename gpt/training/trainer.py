@@ -24,11 +24,12 @@ from gpt.config import RunConfig, parse_span
 from gpt.data.loader import TrainingBatches, held_out_windows
 from gpt.data.prepare import Corpus, prepare_corpus
 from gpt.errors import UserError
-from gpt.evaluation.perplexity import HeldOutLoss, held_out_loss
+from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, held_out_loss
 from gpt.inference.generate import generate_text
+from gpt.model.config import GPTConfig
 from gpt.model.loss import IGNORE, LinearCrossEntropy
 from gpt.model.transformer import GPT
-from gpt.runtime.compiling import CompilerTrial, compile_model, should_compile
+from gpt.runtime.compiling import CompileAhead, compile_model, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.signals import StopRequest
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole, save_checkpoint
@@ -99,9 +100,13 @@ class Trainer:
     def _set_up(self) -> None:
         config = self.config
         resumable = self._check_same_run()
+        self.sequences = config.train.batch_tokens // config.model.context_length
+        self.micro_batch = self._micro_batch()
         self.compiled, reason = should_compile(config.compile, self.device, *self._expected_length())
-        trial = CompilerTrial(self.device) if self.compiled else None
+        ahead = CompileAhead(self.device, self._expected_model(), self.micro_batch) if self.compiled else None
         self.corpus = prepare_corpus(config.data, config.tokenizer, config.model.context_length, say)
+        if ahead is not None and (problem := ahead.problem()):
+            self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
         self._set_vocab_size(self.corpus)
         self.byte_lengths = self.corpus.tokenizer.byte_lengths()
         torch.manual_seed(config.seed)
@@ -111,8 +116,6 @@ class Trainer:
         self.model.tie()
         self.loss = LinearCrossEntropy(self.device.dtype)
         self.optimizers = build_optimizers(config.optimizer, self.model)
-        self.sequences = config.train.batch_tokens // config.model.context_length
-        self.micro_batch = self._micro_batch()
         self.batches = TrainingBatches(self.corpus.train, config.model.context_length, self.sequences, config.seed)
         self.held_out_starts = held_out_windows(self.corpus.held_out, config.model.context_length, config.train.eval_tokens)
         self.state = TrainingState(corpus=self.corpus.fingerprint)
@@ -123,8 +126,6 @@ class Trainer:
         self.directory.write_config(config)
         self.directory.write_environment(self.device)
         self.corpus.tokenizer.save(self.directory.path / "tokenizer.json")
-        if trial is not None and (problem := trial.problem()):
-            self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
         say(f"model: {self.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
         if self.compiled:
             compile_model(self.model, self.loss)
@@ -136,8 +137,12 @@ class Trainer:
         if tokens is None:
             return None, budget.amount if budget.unit == "seconds" else None
         with torch.device("meta"):
-            model = GPT(replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size))
+            model = GPT(self._expected_model())
         return model.flops_per_token() * tokens, None
+
+    def _expected_model(self) -> GPTConfig:
+        """The model's config before there is a tokenizer to tell the size of its vocabulary."""
+        return replace(self.config.model, vocab_size=self.config.model.vocab_size or self.config.tokenizer.vocab_size)
 
     def _check_same_run(self) -> bool:
         """Whether the run directory holds a run to continue.
@@ -371,15 +376,18 @@ class Trainer:
         best = self.directory.checkpoints / f"step-{state.best_step or 0:08d}"
         if state.best_step is not None and best.is_dir() and state.best_step != state.step:
             load_weights(best, self.model)
-        held_out = self._held_out(held_out_windows(self.corpus.held_out, config.model.context_length, config.train.final_eval_tokens))
+        starts = held_out_windows(self.corpus.held_out, config.model.context_length, config.train.final_eval_tokens)
+        held_out = self._held_out(starts)
         assert held_out is not None
+        targets = self.corpus.held_out.windows(starts + 1, config.model.context_length)
+        text = self.corpus.tokenizer.decode(targets[targets != self.corpus.tokenizer.end_of_text])
+        compressed = compressed_bits_per_byte(text.encode())
         aside = path / ".model.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         self.model.save_pretrained(aside, tokenizer=self.corpus.tokenizer)
         shutil.rmtree(self.directory.model, ignore_errors=True)
         aside.rename(self.directory.model)
         samples = self._samples()
-        index = self.corpus.index
         rates = [m["tokens_per_second"] for m in read_metrics(self.directory.metrics) if "tokens_per_second" in m]
         summary = Summary(
             title=config.run.id,
@@ -387,7 +395,7 @@ class Trainer:
             steps=state.step, tokens=state.tokens, seconds=state.seconds,
             tokens_per_second=statistics.median(rates) if rates else 0.0,
             best_val_loss=state.best_val_loss, best_step=state.best_step, val_bpb=held_out.bits_per_byte,
-            gzip_bpb=index.held_out_gzip or None, xz_bpb=index.held_out_xz or None,
+            gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
             skipped_steps=state.skipped_steps, finished=True,
         )  # fmt: skip
         report = write_report(path, samples, summary)
@@ -396,7 +404,7 @@ class Trainer:
         say(
             f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
             f"\nheld-out text ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte "
-            f"(gzip -9: {index.held_out_gzip:.2f}, xz -9e: {index.held_out_xz:.2f}), loss {held_out.loss:.3f} per token"
+            f"({', '.join(f'{name}: {figure:.2f}' for name, figure in compressed.items())}), loss {held_out.loss:.3f} per token"
             f"\nmodel:  {self.directory.model}\nreport: {report}"
             f'\nwrite:  gpt generate model={path} prompt="import "'
         )

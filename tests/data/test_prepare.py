@@ -1,5 +1,3 @@
-import gzip
-import lzma
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -162,16 +160,6 @@ def test_the_tokens_are_the_documents(workshop, settings, holdout):
         assert texts == [d.text for d in documents if d.held_out == (split == "held_out")]
         assert made.index.documents[split] == len(texts)
         assert made.index.bytes[split] == sum(len(t.encode()) for t in texts) == made.tokenizer.byte_lengths()[ids].sum()
-
-
-def test_what_gzip_and_xz_reach_on_the_held_out_text(workshop):
-    index = workshop.prepare().index
-    documents = read_documents(find_files(workshop.data), workshop.data, ReadReport())
-    text = "".join(d.text for d in documents if d.held_out).encode()
-    assert index.held_out_gzip == pytest.approx(8 * len(gzip.compress(text, 9)) / len(text))
-    assert index.held_out_xz == pytest.approx(8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text))
-    assert 1 < index.held_out_xz < 8
-    assert 1 < index.held_out_gzip < 8
 
 
 def test_learning_the_vocabulary_sees_nothing_held_out(workshop: Workshop):

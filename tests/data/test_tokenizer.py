@@ -18,7 +18,7 @@ TEXTS = st.one_of(st.text(max_size=60), TRICKY)
 @pytest.fixture(scope="module")
 def trained(stdlib_files: list[Path]) -> Tokenizer:
     texts = [p.read_text(encoding="utf-8") for p in stdlib_files[::4]]
-    return train_bpe(texts, 1024, len(texts))
+    return train_bpe(texts, 1024)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def test_the_installed_wheel_pretrains(wheel, tmp_path, corpus):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     where = subprocess.check_output([python, "-c", "import gpt; print(gpt.__file__)"], text=True, cwd=tmp_path, env=environment)
     assert where.startswith(str(site))
-    settings = f"debug=golden data=text data.paths=[{corpus}] data.cache_dir=cache run.id=w train.final_eval_tokens=1024 train.budget=3steps"
+    settings = f"debug=golden data=text data.paths=[{corpus}] data.cache_dir=cache run.id=w train.budget=3steps"
     done = subprocess.run(
         [python, "-m", "gpt", "pretrain", *settings.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )

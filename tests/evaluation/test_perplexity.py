@@ -1,4 +1,5 @@
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from gpt.data.loader import held_out_windows
 from gpt.data.shards import TokenArray
-from gpt.evaluation.perplexity import HeldOutLoss, held_out_loss
+from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, held_out_loss
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
@@ -131,3 +132,12 @@ def test_the_mode_comes_back_after_an_error(model, text):
     with pytest.raises(IndexError):
         measure(model, text, 2, [len(text) - 3])
     assert model.training
+
+
+def test_what_gzip_and_xz_reach_is_what_the_programs_reach(tmp_path):
+    text = b"".join(b"line %d of a text\n" % n for n in range(3000))
+    (tmp_path / "text").write_bytes(text)
+    for name, figure in compressed_bits_per_byte(text).items():
+        size = len(subprocess.check_output([*name.split(), "-c", tmp_path / "text"]))
+        assert figure == pytest.approx(8 * size / len(text), abs=0.01)
+    assert compressed_bits_per_byte(b"") == {}

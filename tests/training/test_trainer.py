@@ -180,7 +180,7 @@ def test_a_run_directory_holds_what_the_contract_says(tiny_config):
 
 
 def test_the_best_weights_are_exported_not_the_last(tiny_config):
-    config = tiny_config("train.budget=30steps", "train.eval_every=3", "optimizer.lr=2.0", "optimizer.adam_lr=0.5", "schedule=constant")
+    config = tiny_config("train.budget=30steps", "train.eval_every=3", "optimizer.lr=2.0", "optimizer.adam_lr=5.0", "schedule=constant")
     result = Trainer(config).fit()
     assert result.state.best_step is not None
     assert result.state.best_step < 30, "the test needs a run that gets worse"
