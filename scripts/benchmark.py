@@ -54,10 +54,12 @@ def attention() -> None:
     for B, T, H, D in ((16, 256, 3, 64), (8, 512, 3, 64), (4, 1024, 3, 64)):
         q, k, v = (torch.randn(B, T, H, D, device=DEVICE.type, dtype=DEVICE.dtype).transpose(1, 2).requires_grad_() for _ in range(3))
         gradient = torch.randn(B, H, T, D, device=DEVICE.type, dtype=DEVICE.dtype)
+        plain = torch.compile(_plain_causal_attention, dynamic=False)
         rows = in_turn(
             {
                 "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient),  # noqa: B023
                 "two products around a softmax": lambda: _plain_causal_attention(q, k, v).backward(gradient),  # noqa: B023
+                "the same, compiled": lambda: plain(q, k, v).backward(gradient),  # noqa: B023
             }
         )
         table(f"attention, B {B}, T {T}, {H} heads of {D}, forward + backward", rows)
@@ -82,9 +84,9 @@ def loss() -> None:
             "ours, eager": lambda: ours(hidden, weight, targets).backward(),  # noqa: B023
             "ours, softmax compiled": lambda: compiled(hidden, weight, targets).backward(),  # noqa: B023
         }
-        if fused := getattr(F, "linear_cross_entropy", None):
+        if (fused := getattr(F, "linear_cross_entropy", None)) is not None:
             low = hidden.detach().to(DEVICE.dtype).requires_grad_(), weight.detach().to(DEVICE.dtype).requires_grad_()
-            candidates["torch's linear_cross_entropy"] = lambda: fused(*low, targets, reduction="sum").backward()  # noqa: B023
+            candidates["torch's linear_cross_entropy"] = lambda fused=fused: fused(*low, targets, reduction="sum").backward()  # noqa: B023
         table(f"loss, N {N}, d {E}, V {V}, forward + backward", in_turn(candidates))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gpt.model.config import GPTConfig
 from gpt.model.positions import rotate
 
-# On a CPU two batched products around a softmax train up to twice as fast as the fused kernel while the (T, S) scores
-# still fit the cache (benchmarks/RESULTS.md, "attention"); beyond this length the fused kernel's memory wins.
+# On a CPU two batched products around a softmax, compiled into one loop, train faster than the fused kernel while the (T, S)
+# scores are small (benchmarks/RESULTS.md, "attention"); not compiled, or beyond this length, the fused kernel wins.
 PLAIN_ATTENTION_MAX_LENGTH = 512
 
 
@@ -58,7 +58,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
         (B, H, T, D).
     """
     T, S = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and T == S <= PLAIN_ATTENTION_MAX_LENGTH and torch.is_grad_enabled() and not dropout:
+    if torch.compiler.is_compiling() and q.device.type == "cpu" and T == S <= PLAIN_ATTENTION_MAX_LENGTH and not dropout:
         return _plain_causal_attention(q, k, v)
     mask = None
     if 1 < T < S:

@@ -133,8 +133,14 @@ class GPTConfig:
             if getattr(self, name) != value:
                 found, wanted = str(getattr(self, name)).lower(), str(value).lower()  # true and false, as on the command line
                 raise ValueError(f"{name}={found} with {because} must be {wanted}: no stock architecture ({family}) can hold another")
-        if self.norm == "layernorm":
-            return "GPTNeoX" if self.positions == "rotary" else "GPT2"
-        if self.qk_norm:
+        if rms and self.qk_norm:
             return "Qwen3"
-        return "Qwen2" if self.qkv_bias and not self.bias else "Llama"
+        if rms and self.qkv_bias and not self.bias:
+            return "Qwen2"
+        if self.d_model % self.n_head:  # transformers refuses it, also where head_dim is given
+            raise ValueError(
+                f"d_model={self.d_model} is not divisible by n_head={self.n_head}: no stock architecture with {because} can hold it"
+            )
+        if rms:
+            return "Llama"
+        return "GPTNeoX" if self.positions == "rotary" else "GPT2"

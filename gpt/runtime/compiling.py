@@ -67,6 +67,10 @@ class CompileAhead:
         self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch))
         self._thread.start()
 
+    def done(self) -> bool:
+        """Whether it has nothing left to do."""
+        return not self._thread.is_alive()
+
     def problem(self) -> str | None:
         """Wait until it is done; what went wrong in one line, or None."""
         self._thread.join()

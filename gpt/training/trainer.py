@@ -105,6 +105,8 @@ class Trainer:
         self.compiled, reason = should_compile(config.compile, self.device, *self._expected_length())
         ahead = CompileAhead(self.device, self._expected_model(), self.micro_batch) if self.compiled else None
         self.corpus = prepare_corpus(config.data, config.tokenizer, config.model.context_length, say)
+        if ahead is not None and not ahead.done():
+            say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
             self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
         self._set_vocab_size(self.corpus)
@@ -223,7 +225,7 @@ class Trainer:
         self.started = time.monotonic() - state.seconds
         saved_at, saved_step = time.monotonic(), state.step
         busy: list[float] = []  # seconds of each step since the last line of metrics
-        first = True
+        warm = False
         self.model.train()
         with StopRequest() as stop, Progress(self.total_seconds or self.total_steps or 0, self.total_steps is None) as progress:
             while True:
@@ -239,16 +241,14 @@ class Trainer:
                 done = self._step(stop)
                 if done is None:  # a signal came first
                     break
-                busy.append(time.monotonic() - step_started)
+                log_due = state.step % config.train.log_every == 0 or self._done()
+                if warm or log_due:  # a process's first step takes longer, and would hide the time of the others
+                    busy.append(time.monotonic() - step_started)
+                warm = True
                 state.seconds = time.monotonic() - self.started
-                if state.step % config.train.log_every == 0 or self._done():
+                if log_due:
                     progress.update(self._log(*done, statistics.fmean(busy)))
                     busy.clear()
-                elif first:  # it compiles; its time would hide that of the others
-                    busy.clear()
-                if first and self.compiled:
-                    progress.say(f"compiled, and the first step done, in {time.monotonic() - step_started:.1f} s")
-                first = False
             state.seconds = time.monotonic() - self.started
             self._save(progress, required=True)
         self.metrics.close()

@@ -210,3 +210,31 @@ def test_no_cpp_compiler_is_a_warning(command, tmp_path):
     done = run(command("compile=true", "train.budget=2steps"), env={**os.environ, "PATH": str(empty)})
     assert done.returncode == 0, done.stderr
     assert "there is no C++ compiler" in done.stderr
+
+
+def test_a_mistake_ends_a_run_at_once_also_while_it_compiles(tmp_path):
+    (tmp_path / "short.txt").write_text("a few words, and no more than that")
+    started = time.monotonic()
+    done = run(
+        [sys.executable, "-m", "gpt", "pretrain", "compile=true", "data=text", f"data.paths=[{tmp_path / 'short.txt'}]", "tokenizer=byte"],
+        cwd=tmp_path,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "model.context_length=256" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - started < 12
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_exactly(command, tmp_path):
+    settings = ["compile=true", "train.budget=20steps", "checkpoint.every=8steps", "model.dropout=0.1", "precision=auto"]
+    assert run(command(*settings, "run.id=whole")).returncode == 0
+    process = subprocess.Popen(command(*settings, "run.id=killed"), stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path / "runs" / "killed", 10, process)
+    process.kill()
+    process.wait()
+    again = run(command(*settings, "run.id=killed"))
+    assert again.returncode == 0, again.stderr
+    assert "compile=true" in again.stderr
+    assert_same_end(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")

@@ -160,9 +160,17 @@ def test_gpt2_presets_have_the_published_size(preset, parameters):
 
 
 def test_flops_per_token_counts_matrix_products():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     model = small(**SHAPES["llama"])
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not see into the CPU's fused kernel
         model(torch.randint(97, (2, 24))).sum().backward()
     assert model.flops_per_token() * 48 == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "neox", "llama"])
+def test_heads_that_do_not_fit_the_width_are_refused_where_stock_classes_refuse_them(shape):
+    with pytest.raises(ValueError, match="d_model=66 is not divisible by n_head=4"):
+        small(**SHAPES[shape], d_model=66, head_dim=16)
+    assert small(**SHAPES["qwen3"] | {"d_model": 66}).config.stock_architecture() == "Qwen3"
