@@ -117,7 +117,7 @@ class TrainConfig:
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
     overfit: bool = False
     """Train on the first batch only, again and again: the loss must go to 0, or something is broken."""
-    sample_prompts: list[str] = field(default_factory=lambda: ["import os\n", "def read(", "class Error("])
+    sample_prompts: list[str] = field(default_factory=lambda: ["import ", "def read(", "class Error("])
     """At the end the model continues each of these."""
     sample_tokens: int = 120
     """Tokens per sample."""

@@ -70,6 +70,10 @@ class Tokenizer:
         """The text of ids; bytes that are not valid UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    def starting_with_space(self) -> list[int]:
+        """The ids whose text begins with a space; none if the tokenizer is not byte-level."""
+        return [i for token, i in self.backend.get_vocab().items() if token[0] == "Ġ"] if _is_byte_level(self.backend) else []
+
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int64: how many bytes of text each id stands for, 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)

@@ -22,6 +22,7 @@ def generate_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    first: Sequence[int] = (),
 ) -> Iterator[int]:
     """Yield token ids that continue a prompt, at most until the model's context is full.
 
@@ -31,6 +32,7 @@ def generate_tokens(
         max_tokens: most ids to yield.
         temperature, top_k, top_p: see `gpt.inference.sampling`; temperature 0 is greedy.
         seed: of the sampling; None draws one.
+        first: if given, the first id is one of these.
 
     Raises:
         UserError: a prompt that does not fit the context.
@@ -46,8 +48,12 @@ def generate_tokens(
     weight = model.embeddings.tokens.weight
     cache = KVCache(model.config, 1, min(limit, len(prompt) + max_tokens), weight.device, weight.dtype)
     tokens = torch.tensor([list(prompt)], device=weight.device)  # (1, T)
+    allowed = torch.tensor(first, dtype=torch.int64, device=weight.device)
     for _ in range(max_tokens):
         logits = model.head(model.hidden_states(tokens, cache)[:, -1])  # (1, V)
+        if first:
+            logits = torch.full_like(logits, float("-inf")).index_copy(1, allowed, logits[:, allowed])
+            first = ()
         tokens = next_token(logits, temperature, top_k, top_p, generator)  # (1, 1)
         yield int(tokens)
         if cache.length == limit:
@@ -68,18 +74,21 @@ def generate_text(
     """Yield pieces of the continuation as they are made, ending at the end of the text or before a stop string.
 
     A piece never ends within a UTF-8 character, nor in what may turn out to be a stop string. Arguments as for
-    `generate_tokens`; an empty prompt starts a document.
+    `generate_tokens`; an empty prompt starts a document. A space at the prompt's end is left to the first new token: in the text
+    that a model has read, a word's token begins with the space before it, so after a lone space no word can follow.
     """
-    ids = tokenizer.encode(prompt)
+    ids, first, spaces = tokenizer.encode(prompt), [], 0
+    if len(prompt) > 1 and prompt[-1] == " " != prompt[-2] and (first := tokenizer.starting_with_space()):
+        ids, spaces = tokenizer.encode(prompt[:-1]), 1
     if not ids:
         if tokenizer.end_of_text is None:
             raise UserError("prompt: it is empty, and the tokenizer has no token that starts a document")
         ids = [tokenizer.end_of_text]  # what stands before every document in training
     stop = [s for s in stop if s]
-    prompt_length = len(tokenizer.decode(ids))
+    prompt_length = len(tokenizer.decode(ids)) + spaces
     made: list[int] = []
     text, sent = "", 0
-    for token in generate_tokens(model, ids, max_tokens, temperature, top_k, top_p, seed):
+    for token in generate_tokens(model, ids, max_tokens, temperature, top_k, top_p, seed, first):
         if token == tokenizer.end_of_text:
             break
         made.append(token)

@@ -210,7 +210,7 @@ class TestText:
 
     def test_a_prompt_too_long(self, tokenizer):
         with pytest.raises(UserError, match=r"^prompt: 9 tokens, but the model's context holds 1 to 3"):
-            next(generate_text(scripted([1, 2, 3], 257), tokenizer, "too long ", 5))
+            next(generate_text(scripted([1, 2, 3], 257), tokenizer, "too long!", 5))
 
     @pytest.mark.parametrize("continuation", [" ba b", "ba", " €a"])
     def test_a_tokenizer_that_strips_the_first_space(self, sentencepiece_tokenizer, continuation):
@@ -234,3 +234,18 @@ def test_a_prompt_that_is_not_utf8(capsys):
     with pytest.raises(UserError, match=r"^prompt: it is not valid UTF-8"):
         generate(GenerateConfig(model="no matter", prompt="caf\udce9"))
     assert capsys.readouterr().out == ""
+
+
+def test_a_space_at_the_end_of_the_prompt_belongs_to_the_next_word():
+    tokenizer = train_bpe(["import sys and import os; import re " * 50], 270)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=270, context_length=32, n_layer=1, n_head=2, d_model=32)).eval()
+    words = tokenizer.starting_with_space()
+    assert {tokenizer.decode([i])[0] for i in words} == {" "}
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer.encode("import")]))[0, -1]
+    best = max(words, key=lambda i: logits[i].item())
+    text = "".join(generate_text(model, tokenizer, "import ", 1, temperature=0))
+    assert text == tokenizer.decode([best])[1:]
+    inside = tokenizer.encode("import sys")
+    assert inside[: len(tokenizer.encode("import"))] == tokenizer.encode("import"), "the premise: the space is the word's"

@@ -1,0 +1,57 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpt.runtime.compiling import should_compile
+from gpt.runtime.device import Device
+
+CPU = Device("cpu", "CPU", torch.float32, None)
+
+
+@pytest.fixture
+def no_obstacle(monkeypatch):
+    monkeypatch.setattr(Device, "compile_obstacle", lambda self: None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "length", "compiled"),
+    [
+        ("auto", {"flops": 1e11}, False),
+        ("auto", {"flops": 1e16}, True),
+        ("auto", {"seconds": 10}, False),
+        ("auto", {"seconds": 600}, True),
+        ("auto", {}, True),
+        (False, {"flops": 1e16}, False),
+        (True, {"flops": 1e3}, True),
+    ],
+)
+@pytest.mark.usefixtures("no_obstacle")
+def test_auto_compiles_what_is_long_enough(setting, length, compiled):
+    assert should_compile(setting, CPU, **length)[0] is compiled
+
+
+def test_an_obstacle_is_named(monkeypatch):
+    monkeypatch.setattr(Device, "compile_obstacle", lambda self: "there is no C++ compiler")
+    assert should_compile(True, CPU) == (False, "not compiled: there is no C++ compiler, so the run is slower")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_a_warning(tmp_path, corpus, cache_dir):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho broken compiler >&2\nexit 1\n")
+    broken.chmod(0o755)
+    settings = (
+        f"debug=golden compile=true train.budget=2steps data=text data.paths=[{corpus}] data.cache_dir={cache_dir} run.dir={tmp_path}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt", "pretrain", *settings.split()],
+        env={**os.environ, "CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not compiled, so the run is slower" in done.stderr
