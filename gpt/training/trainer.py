@@ -417,7 +417,11 @@ class Trainer:
             return [
                 Sample(
                     prompt,
-                    "".join(generate_text(self.model, self.corpus.tokenizer, prompt, train.sample_tokens, 0.9, 50, 0.95, seed=number)),
+                    "".join(
+                        generate_text(
+                            self.model, self.corpus.tokenizer, prompt, train.sample_tokens, 0.9, 50, 0.95, seed=self.config.seed + number
+                        )
+                    ),
                 )
                 for number, prompt in enumerate(train.sample_prompts)
             ]

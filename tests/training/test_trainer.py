@@ -180,10 +180,17 @@ def test_a_run_directory_holds_what_the_contract_says(tiny_config):
 
 
 def test_the_best_weights_are_exported_not_the_last(tiny_config):
-    config = tiny_config("train.budget=30steps", "train.eval_every=3", "optimizer.lr=2.0", "optimizer.adam_lr=5.0", "schedule=constant")
-    result = Trainer(config).fit()
-    assert result.state.best_step is not None
-    assert result.state.best_step < 30, "the test needs a run that gets worse"
+    trainer = Trainer(tiny_config("train.budget=12steps", "train.eval_every=3"))
+    step = trainer._step
+
+    def spoil(stop):
+        if trainer.state.step == 7:
+            trainer.model.embeddings.tokens.weight.data.mul_(30)
+        return step(stop)
+
+    trainer._step = spoil
+    result = trainer.fit()
+    assert result.state.best_step == 6
     exported = load_file(result.run_directory / "model" / "model.safetensors")["model.embed_tokens.weight"]
     best = load_file(result.run_directory / f"checkpoints/step-{result.state.best_step:08d}" / "model.safetensors")
     assert torch.equal(exported, best["embeddings.tokens.weight"])
