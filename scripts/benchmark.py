@@ -6,9 +6,12 @@ favour either. Run it on a quiet machine.
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -138,7 +141,23 @@ def encoding() -> None:
         print(f"- {name}: {size / 1e6 / seconds:.1f} MB/s")
 
 
-BENCHMARKS = {"attention": attention, "loss": loss, "step": step, "encoding": encoding}
+def startup() -> None:
+    """From the start of `gpt pretrain` to the end of its first step, with nothing cached and with everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = f"train.log_every=1 data.cache_dir={folder}/data run.dir={folder}/runs"
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "PYTHONUNBUFFERED": "1"}
+        for caches in ("cold", "warm"):
+            started = time.perf_counter()
+            command = [sys.executable, "-m", "gpt", "pretrain", *settings.split()]
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            if not any(line.startswith("step 1 ") for line in process.stderr or ()):
+                raise SystemExit("the run ended before its first step")
+            print(f"- {caches} caches: {time.perf_counter() - started:.1f} s to the first step")
+            process.terminate()
+            process.communicate()
+
+
+BENCHMARKS = {"startup": startup, "attention": attention, "loss": loss, "step": step, "encoding": encoding}
 
 
 def main() -> None:
