@@ -73,8 +73,6 @@ def _from_checkpoint(run: Path, device: Device) -> tuple[GPT, Tokenizer]:
     if checkpoint is None:
         raise UserError(f"model={run}: the run has neither a model/ folder nor a whole checkpoint yet")
     say(f"the run has not finished; using {checkpoint}")
-    model = GPT.materialise(load_run(run).model)
+    model = GPT.materialise(load_run(run).model, device.type, device.dtype)
     load_weights(checkpoint, model)
-    model = model.to(device.type, device.dtype)
-    model.tie()
     return model.eval(), load_tokenizer(run / "tokenizer.json")

@@ -61,7 +61,10 @@ class RunDirectory:
         self._write("environment.json", json.dumps(describe_environment(device), indent=1))
 
     def release(self) -> None:
-        """Let other processes have it."""
+        """Let other processes have it; a folder in which nothing came to be written is removed."""
+        if [p.name for p in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
         self._lock.release()
 
     def _write(self, name: str, text: str) -> None:

@@ -156,6 +156,8 @@ def test_bad_input_gets_one_sentence_and_exit_2(command, tmp_path):
         assert len(error) == 1, f"{name}: {done.stderr}"
         assert expected in error[0], f"{name}: {error[0]}"
         assert "Traceback" not in done.stderr
+    runs = tmp_path / "runs"
+    assert not runs.exists() or not list(runs.iterdir()), "a run that never began leaves no folder"
 
 
 def test_text_that_is_not_utf8_is_replaced_and_counted(command, tmp_path):
