@@ -7,9 +7,10 @@ approximated. What `transformers` 5.23 reads was read in its source; the keys th
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,8 @@ class Family:
     positions: str | None = None
     norm_bias: bool = False
     head: str = "lm_head"
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Second names of keys, which count before the first."""
 
 
 def _llama_like(class_name: str, qkv_bias: bool | str, out_bias: bool | str, mlp_bias: bool | str, qk_norm: bool = False) -> Family:
@@ -88,6 +91,10 @@ FAMILIES: dict[str, Family] = {
         },
         positions="wpe",
         norm_bias=True,
+        aliases={
+            "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
     ),
     "llama": _llama_like("LlamaForCausalLM", "attention_bias", "attention_bias", "mlp_bias"),
     "qwen2": _llama_like("Qwen2ForCausalLM", True, False, False),
@@ -114,15 +121,22 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 MODEL_TYPES = {"GPT2": "gpt2", "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "GPTNeoX": "gpt_neox"}
 
+# Llama 3.1's rotary scaling: its key in config.json and our field.
+LLAMA3 = {
+    "factor": "rope_scaling_factor", "low_freq_factor": "rope_low_frequency_factor", "high_freq_factor": "rope_high_frequency_factor",
+    "original_max_position_embeddings": "rope_original_context",
+}  # fmt: skip
+
 # transformers has several names for one function; the first is the one that older readers know, and is what we write.
 ACTIVATIONS = {
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
     "gelu": ("gelu", "gelu_python"),
     "swiglu": ("silu", "swish"),
 }
-# Keys that change what a model computes and that ours has no counterpart for: fine only when absent, null, false or 0.
+# Keys that change what a model computes and that ours has no counterpart for: fine only when absent, null, false, 0 or empty.
 UNSUPPORTED = (
-    "quantization_config", "per_layer_config", "is_encoder_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx",
+    "quantization_config", "compression_config", "per_layer_config", "pruned_heads", "use_bidirectional_attention",
+    "is_encoder_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx",
     "attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size", "no_rope_layers",
     "num_experts", "num_local_experts", "n_routed_experts",
 )  # fmt: skip
@@ -136,6 +150,11 @@ class StoredTensor:
     ours: tuple[str, ...]
     layout: Layout = "linear"
 
+    def shape(self, parts: list[torch.Size]) -> tuple[int, ...]:
+        """The shape of what `pack` makes of parts with these shapes."""
+        whole = (sum(part[0] for part in parts), *parts[0][1:])
+        return whole[::-1] if self.layout == "conv1d" else whole
+
     def pack(self, parts: list[Tensor], n_head: int) -> Tensor:
         """Our parameters, each (out, in) or (out,), to the checkpoint's tensor."""
         if self.layout == "by_head":
@@ -145,11 +164,12 @@ class StoredTensor:
         return whole.t() if self.layout == "conv1d" and whole.dim() == 2 else whole
 
     def unpack(self, tensor: Tensor, n_head: int) -> list[Tensor]:
-        """The inverse of `pack`: views wherever they can be."""
+        """The inverse of `pack`: views wherever they can be, and nothing that is slow to copy."""
         if self.layout == "by_head":
             return [part.flatten(0, 1) for part in tensor.unflatten(0, (n_head, len(self.ours), -1)).unbind(1)]
-        whole = tensor.t() if self.layout == "conv1d" and tensor.dim() == 2 else tensor
-        return list(whole.chunk(len(self.ours)))
+        if self.layout == "conv1d" and tensor.dim() == 2:
+            return [part.contiguous().t() for part in tensor.chunk(len(self.ours), dim=1)]
+        return list(tensor.chunk(len(self.ours)))
 
 
 def stored_tensors(n_layer: int, values: dict[str, Any]) -> Iterator[StoredTensor]:
@@ -195,11 +215,14 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
             "n_head": config.n_head, "n_inner": config.d_ff, "layer_norm_epsilon": config.norm_eps, "scale_attn_weights": True,
         }  # fmt: skip
     # transformers 5 reads rope_parameters; older releases and other servers read the keys beside it.
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = {"rope_type": "llama3", **{key: getattr(config, ours) for key, ours in LLAMA3.items()}} if config.llama3_scaling else {}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta, **scaling}
     values |= {
         "max_position_embeddings": config.context_length, "hidden_size": config.d_model, "intermediate_size": config.d_ff,
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "rope_theta": config.rope_theta, "rope_parameters": rope,
     }  # fmt: skip
+    if scaling:
+        values["rope_scaling"] = scaling
     if model_type == "gpt_neox":
         rope["partial_rotary_factor"] = config.rope_fraction
         return values | {
@@ -214,14 +237,23 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def complete(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """A config.json without its nulls, and with what `transformers` takes for the keys that it lacks.
+    """A config.json without its nulls and second names, and with what `transformers` takes for the keys that it lacks.
 
     Raises:
-        ValueError: its model_type is none of ours.
+        ValueError: its model_type or its architecture is none of ours.
     """
-    if values.get("model_type") not in FAMILIES:
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
         raise ValueError(f"{where}: model_type={values.get('model_type')!r} cannot be loaded; {', '.join(FAMILIES)} can")
-    return FAMILIES[values["model_type"]].defaults | {key: value for key, value in values.items() if value is not None}
+    body = re.sub("(LMHeadModel|ForCausalLM)$", "Model", family.class_name)
+    named = values.get("architectures") or [family.class_name]
+    if not {family.class_name.lower(), body.lower()} & {str(name).lower() for name in named}:
+        raise ValueError(f"{where}: architectures={json.dumps(named)} cannot be loaded as a language model; {family.class_name} can")
+    values = {key: value for key, value in values.items() if value is not None}
+    for alias, key in family.aliases.items():
+        if alias in values:
+            values[key] = values.pop(alias)
+    return family.defaults | values
 
 
 def from_hf_config(values: dict[str, Any], where: str) -> GPTConfig:
@@ -241,6 +273,9 @@ def from_hf_config(values: dict[str, Any], where: str) -> GPTConfig:
             raise ValueError(f"{where}: {key}={values.get(key)!r} must be a whole number in the config.json of a {model_type} model")
         return values[key]
 
+    for key, default in family.defaults.items():
+        if type(values[key]) is not type(default) and (type(default) is not float or type(values[key]) is not int):
+            raise ValueError(f"{where}: {key}={json.dumps(values[key])} must be a {type(default).__name__}, such as {json.dumps(default)}")
     _refuse_unsupported(values, where)
     activation = next((ours for ours, names in ACTIVATIONS.items() if values[family.activation_key] in names), None)
     if activation is None or (activation == "swiglu") == family.norm_bias:
@@ -260,11 +295,10 @@ def from_hf_config(values: dict[str, Any], where: str) -> GPTConfig:
             "d_ff": size("n_inner") if "n_inner" in values else 0, "norm_eps": values["layer_norm_epsilon"], "positions": "learned",
         }  # fmt: skip
     else:
-        theta, fraction = _rope(values, where)
         common |= {
             "context_length": size("max_position_embeddings"), "n_layer": size("num_hidden_layers"), "n_head": size("num_attention_heads"),
             "d_model": size("hidden_size"), "d_ff": size("intermediate_size"), "positions": "rotary",
-            "rope_theta": theta, "rope_fraction": fraction,
+            **_rope(values, where),
         }  # fmt: skip
     if model_type == "gpt_neox":
         common |= {"norm_eps": values["layer_norm_eps"], "parallel_residual": values["use_parallel_residual"]}
@@ -292,8 +326,9 @@ def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
     for key in UNSUPPORTED:
         if values.get(key):
             raise ValueError(_unsupported(where, key, values[key]))
-    if not values.get("scale_attn_weights", True):
-        raise ValueError(_unsupported(where, "scale_attn_weights", False))
+    for key in ("scale_attn_weights", "is_causal"):
+        if not values.get(key, True):
+            raise ValueError(_unsupported(where, key, values[key]))
     if set(values.get("layer_types", ())) - {"full_attention"}:
         raise ValueError(_unsupported(where, "layer_types", sorted(set(values["layer_types"]))))
     # Qwen's sliding_window counts only with use_sliding_window, and only from layer max_window_layers on.
@@ -304,16 +339,33 @@ def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
         raise ValueError(_unsupported(where, "sliding_window", values["sliding_window"]))
 
 
-def _rope(values: dict[str, Any], where: str) -> tuple[float, float]:
-    """rope_theta and rope_fraction, with the precedence that transformers 5 gives to the places where they can stand."""
+def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Our rope_* fields, with the precedence that transformers 5 gives to the places where they can stand."""
     neox = values["model_type"] == "gpt_neox"
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(key) or {}
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if rope.get("rope_type", rope.get("type", "default")) != "default" or set(rope) - known:
-        raise ValueError(_unsupported(where, key, rope))
-    theta = rope.get("rope_theta") or values.get("rotary_emb_base" if neox else "rope_theta", 10000.0)
-    fraction = rope.get("partial_rotary_factor", values["rotary_pct"] if neox else values.get("partial_rotary_factor", 1.0))
-    if not neox and fraction != 1:
-        raise ValueError(_unsupported(where, "partial_rotary_factor", fraction))
-    return float(theta), float(fraction)
+    place = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    rope = values.get(place) or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(LLAMA3 if kind == "llama3" else ())}
+    if kind not in ("default", "llama3") or set(rope) - known:
+        raise ValueError(_unsupported(where, place, rope))
+    rope = {"rope_theta": values.get("rotary_emb_base" if neox else "rope_theta", 10000.0)} | rope
+    rope = {"partial_rotary_factor": values["rotary_pct"] if neox else values.get("partial_rotary_factor", 1.0)} | rope
+    if not neox and rope["partial_rotary_factor"] != 1:
+        raise ValueError(_unsupported(where, "partial_rotary_factor", rope["partial_rotary_factor"]))
+    # The rotation of GPT-NeoX would follow a head_dim that its heads do not.
+    if neox and values.get("head_dim") and values["head_dim"] * values["num_attention_heads"] != values["hidden_size"]:
+        raise ValueError(_unsupported(where, "head_dim", values["head_dim"]))
+    fields = {"rope_theta": "rope_theta", "partial_rotary_factor": "rope_fraction"}
+    original = "original_max_position_embeddings"
+    if kind == "llama3":
+        fields |= LLAMA3
+        rope = {original: values["max_position_embeddings"]} | rope | ({original: values[original]} if original in values else {})
+    for key in fields:
+        if type(rope.get(key)) not in (int, float):
+            raise ValueError(f"{where}: {place} has {key}={json.dumps(rope.get(key))}, which must be a number")
+    ours: dict[str, Any] = {field: float(rope[key]) for key, field in fields.items()}
+    if kind == "llama3":
+        if rope[original] % 1:
+            raise ValueError(f"{where}: {original}={rope[original]} must be a whole number")
+        ours |= {"rope_scaling": "llama3", "rope_original_context": int(rope[original])}
+    return ours

@@ -20,52 +20,128 @@ PLAIN_ATTENTION_MAX_LENGTH = 512
 class KVCache:
     """Keys and values of what has been read, in buffers of fixed size, one pair per block.
 
+    It works in one of two ways. As made, it hands attention the filled part of its buffers. After `fix_shapes` every step has the
+    same shapes and depends on no number outside a tensor, so that it can be compiled or recorded once: attention gets the whole
+    buffers and a mask.
+
     Args:
         config: the model's shape.
         batch_size: B.
         max_length: S, the most tokens it can hold.
-        device, dtype: of the buffers.
+        device, dtype: of the buffers; attention over them is computed in this dtype.
+        padding: (B,) int64, how many tokens at the start of each row are padding that nobody sees; None: none in any.
+
+    Raises:
+        ValueError: max_length exceeds the config's context_length.
     """
 
     def __init__(
-        self, config: GPTConfig, batch_size: int, max_length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        padding: Tensor | None = None,
     ) -> None:
-        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, K, S, D)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        if max_length > config.context_length:
+            raise ValueError(f"a KV cache of {max_length} tokens exceeds context_length={config.context_length}")
+        shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]  # each (B, K, S, D)
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.padding = padding
         self.length = 0
         self.max_length = max_length
+        self._place: Tensor | None = None  # (1,) int64, after fix_shapes
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this call's k, v (B, K, T, D) after what block `layer` already holds; return all of it (B, K, S, D)."""
-        end = self.length + k.shape[2]
+    def fix_shapes(self) -> None:
+        """From here on, single tokens only, in steps of one shape."""
+        self._place = torch.tensor([self.length], device=self.keys[0].device)
+
+    def repeat(self, n: int) -> None:
+        """Make n rows of each, next to one another."""
+        self.keys = [k.repeat_interleave(n, dim=0) for k in self.keys]
+        self.values = [v.repeat_interleave(n, dim=0) for v in self.values]
+        if self.padding is not None:
+            self.padding = self.padding.repeat_interleave(n)
+
+    def places(self, T: int) -> tuple[slice | Tensor, Tensor | None]:
+        """Where the next T tokens stand, and whom they see.
+
+        Returns:
+            Their positions, a slice or an index (T,) or (B, T); and the mask to add to their attention scores, (1 or B, 1, T, S),
+            or None if each sees all before it.
+
+        Raises:
+            ValueError: more tokens than the cache holds.
+        """
+        if self._place is not None:
+            now = self._place
+            visible = torch.arange(self.max_length, device=now.device) <= now  # (S,)
+            if self.padding is None:
+                return now, _additive(visible[None, None, None], self.keys[0].dtype)
+            visible = visible & (torch.arange(self.max_length, device=now.device) >= self.padding[:, None])  # (B, S)
+            return now - self.padding[:, None], _additive(visible[:, None, None], self.keys[0].dtype)
+        end = self.length + T
         if end > self.max_length:
             raise ValueError(f"{end} tokens do not fit a KV cache of {self.max_length}")
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        if self.padding is None:
+            visible = torch.ones(T, end, dtype=torch.bool, device=self.keys[0].device).tril(self.length) if 1 < T < end else None
+            return slice(self.length, end), None if visible is None else _additive(visible[None, None], self.keys[0].dtype)
+        now, slots = (torch.arange(n, end, device=self.padding.device) for n in (self.length, 0))
+        visible = (slots <= now[:, None]) & (slots >= self.padding[:, None, None])  # (B, T, S)
+        visible |= slots == now[:, None]  # padding sees itself: a softmax over nothing is not a number
+        return (now - self.padding[:, None]).clamp(min=0), _additive(visible[:, None], self.keys[0].dtype)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this call's k, v (B, K, T, D) after what block `layer` already holds; return what attention reads (B, K, S, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self._place is not None:
+            keys.index_copy_(2, self._place, k.to(keys.dtype))
+            values.index_copy_(2, self._place, v.to(values.dtype))
+            return keys, values
+        end = self.length + k.shape[2]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        if self.length == 0:
+            return k, v  # nothing was there before: no need to read it back
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, T: int) -> None:
+        """Count T tokens as read, when every block has stored them."""
+        if self._place is not None:
+            self._place += T
+        else:
+            self.length += T
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, where query t sees the keys up to its own place; the last query is at the last key.
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v; without a mask, query t sees the keys up to its own place (T == S), or all (T == 1).
 
     Args:
         q: (B, H, T, D).
-        k, v: (B, K, S, D) with S >= T and H a multiple of K.
+        k, v: (B, K, S, D) with S >= T and H a multiple of K; attention is computed in their dtype.
         dropout: probability of dropping an attention weight.
+        mask: (1 or B, 1, T, S), added to the scores.
 
     Returns:
-        (B, H, T, D).
+        (B, H, T, D) in q's dtype.
     """
     T, S = q.shape[2], k.shape[2]
-    if torch.compiler.is_compiling() and q.device.type == "cpu" and T == S <= PLAIN_ATTENTION_MAX_LENGTH and not dropout:
+    if mask is None and torch.compiler.is_compiling() and q.device.type == "cpu" and T == S <= PLAIN_ATTENTION_MAX_LENGTH and not dropout:
         return _plain_causal_attention(q, k, v)
-    mask = None
-    if 1 < T < S:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S and T > 1, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    dtype, heads = q.dtype, q.shape[1]
+    if T == 1 and heads != k.shape[1]:
+        q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # a group's queries see the same keys: (B, K, H/K, D)
+    y = F.scaled_dot_product_attention(
+        q.to(k.dtype), k, v, attn_mask=None if mask is None else mask.to(k.dtype), dropout_p=dropout,
+        is_causal=mask is None and T == S and T > 1, enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return y.reshape(y.shape[0], heads, T, -1).to(dtype)
 
 
 def _plain_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,8 +170,8 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, E), rotary = (cos, sin) each (T, R) or None -> (B, T, E)."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, T, E), rotary = (cos, sin) each (T, R) or (B, 1, T, R), mask of `KVCache.places` -> (B, T, E)."""
         B, T, _ = x.shape
         q = self.q(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -108,5 +184,5 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = causal_attention(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))

@@ -43,6 +43,16 @@ class GPTConfig:
     """Base of the rotary frequencies."""
     rope_fraction: float = 1.0
     """Share of each head that is rotated."""
+    rope_scaling: Literal["none", "llama3"] = "none"
+    """How the rotary frequencies are stretched for a context longer than the one first trained on; llama3 is Llama 3.1's rule."""
+    rope_scaling_factor: float = 8.0
+    """llama3: what low frequencies are divided by. Used, as the three below, only with rope_scaling=llama3."""
+    rope_low_frequency_factor: float = 1.0
+    """llama3: wavelengths above rope_original_context / this are divided in full."""
+    rope_high_frequency_factor: float = 4.0
+    """llama3: wavelengths below rope_original_context / this stay as they are; between the two there is a smooth passage."""
+    rope_original_context: int = 8192
+    """llama3: the context length, in tokens, before it was stretched."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, before the feed-forward, and at the end."""
     norm_eps: float = 1e-5
@@ -90,24 +100,38 @@ class GPTConfig:
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(get_args(hint))}")
-        for name in ("context_length", "n_layer", "n_head", "d_model"):
+        for name in ("context_length", "n_layer", "n_head", "d_model", "rope_original_context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("vocab_size", "n_kv_head", "head_dim", "d_ff"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative (0 means: derived)")
-        for name in ("rope_theta", "norm_eps", "embedding_scale"):
+        for name in ("rope_theta", "norm_eps", "embedding_scale", "rope_low_frequency_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0 and finite")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
         if not 0 < self.rope_fraction <= 1:
             raise ValueError(f"rope_fraction={self.rope_fraction} must be greater than 0 and at most 1")
+        if not 1 <= self.rope_scaling_factor < math.inf:
+            raise ValueError(f"rope_scaling_factor={self.rope_scaling_factor} must be at least 1 and finite")
+        low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
+        if not low < high < math.inf:
+            raise ValueError(f"rope_high_frequency_factor={high} must be greater than rope_low_frequency_factor={low} and finite")
+        if self.rope_scaling != "none" and self.positions != "rotary":
+            raise ValueError(f"rope_scaling={self.rope_scaling} with positions={self.positions} must be none: nothing is rotated there")
 
     @property
     def rotary_dim(self) -> int:
         """How many of head_dim's dimensions are rotated."""
         return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def llama3_scaling(self) -> tuple[float, float, float, int] | None:
+        """(factor, low frequency factor, high frequency factor, original context) if the rotary frequencies are scaled so."""
+        if self.rope_scaling == "none":
+            return None
+        return self.rope_scaling_factor, self.rope_low_frequency_factor, self.rope_high_frequency_factor, self.rope_original_context
 
     def stock_architecture(self) -> Architecture:
         """The `transformers` family that holds this config exactly.

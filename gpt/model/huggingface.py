@@ -1,42 +1,56 @@
 """A GPT from and to a Hugging Face directory of a stock architecture: config.json, safetensors, tokenizer files.
 
-Both are read and written here, without `transformers`; what stands in them is `gpt.model.architectures`' business.
+Both are read and written here, without `transformers`; what stands in them is `gpt.model.architectures`' business, and
+where the files are and how they are opened that of `gpt.model.weight_files`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
-from contextlib import ExitStack
+import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt.model.architectures import FAMILIES, StoredTensor, complete, from_hf_config, stored_tensors, to_hf_config
 from gpt.model.config import GPTConfig
 from gpt.model.transformer import GPT
+from gpt.model.weight_files import INDEX, TOKENIZER_FILES, WEIGHTS, TensorHeader, find_checkpoint, read_headers, read_json, read_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that old checkpoints hold beside the weights: causal masks and rotary frequencies.
 NOT_WEIGHTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 
 
 @torch.no_grad()
-def load_pretrained(cls: type[GPT], path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
+def load_pretrained(
+    cls: type[GPT],
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+) -> GPT:
     """Load a checkpoint of a stock architecture, tensor by tensor, into a model that is allocated once.
+
+    Names, shapes and dtypes of all tensors are checked before that. The peak of memory is the model and a part of one file.
+    On the CPU, weights stay mapped from the file where its dtype is ours and its layout a view of ours: do not change the file in place while
+    the model lives (`save_pretrained` does not, it replaces it).
 
     Args:
         cls: GPT or a subclass.
         path: a directory with config.json and safetensors, or a Hugging Face hub id.
         device: where the model goes.
         dtype: of the parameters; None: the checkpoint's own (with several, the smallest that holds them all).
+        allow_pickle: read pytorch_model.bin where there are no safetensors; tensors only, none of its code is run.
 
     Returns:
         The model, in evaluation mode.
@@ -44,120 +58,110 @@ def load_pretrained(cls: type[GPT], path: str | Path, device: torch.device | str
     Raises:
         ValueError: no such checkpoint, an architecture or a setting that we do not implement, or tensors that do not fit.
     """
-    directory = _find(path)
+    directory = find_checkpoint(path, allow_pickle)
     where = str(directory / "config.json")
-    values = complete(_read_json(directory / "config.json"), where)
+    values = complete(read_json(directory / "config.json"), where)
     config = from_hf_config(values, where)
-    expected = list(stored_tensors(config.n_layer, values))
-    with ExitStack() as stack:
-        found = _open_weights(directory, values, stack)
-        _check_names(directory, expected, found, values)
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in cls(config).named_parameters()}
-        dtypes = {_check_tensor(directory, stored, found, shapes, config) for stored in expected}
-        model = cls.materialise(config, device, dtype or functools.reduce(torch.promote_types, dtypes))
-        empty = dict(model.named_parameters())
-        for stored in expected:
-            file, name = found[stored.name]
-            for ours, part in zip(stored.ours, stored.unpack(file.get_tensor(name), config.n_head), strict=True):
-                if ours in shapes:
-                    empty.pop(ours).copy_(part)
-                elif part.count_nonzero():
+    expected = {stored.name: stored for stored in stored_tensors(config.n_layer, values)}
+    found = _full_names(directory, read_headers(directory, allow_pickle), values)
+    _check_names(directory, list(expected), found, values)
+    with torch.device("meta"), _NoInit():
+        shapes = {name: p.shape for name, p in cls(config).named_parameters()}
+    dtypes = {_check_tensor(directory, stored, found[name], shapes) for name, stored in expected.items()}
+
+    dtype = dtype or functools.reduce(torch.promote_types, dtypes)
+    with _NoInit():
+        model = cls.materialise(config, device, dtype)
+    # What is the same in memory as in its file is mapped from it, privately, as in `transformers`: what is not used is not read, and
+    # a page is copied when it is written to. What is copied goes through mappings of its own, or all that was read of them would stay.
+    mapped = {
+        found[name]
+        for name, stored in expected.items()
+        if model.head.weight.is_cpu
+        and stored.layout != "by_head"  # GPT-2's matrices are ours, transposed: a view
+        and (DTYPES[found[name].dtype], found[name].file.suffix) == (dtype, ".safetensors")
+    }
+    copied = [header for header in found.values() if header not in mapped]
+    names = {header: name for name, header in found.items()}
+    empty = dict(model.named_parameters())
+    for header, tensor in chain(read_tensors(mapped, keep=True), read_tensors(copied)):
+        stored = expected[names[header]]
+        for ours, part in zip(stored.ours, stored.unpack(tensor, config.n_head), strict=True):
+            if ours not in shapes:
+                if part.count_nonzero():
                     raise ValueError(f"{directory}: {stored.name} is not zero, and GPT has no bias there; load this one with transformers")
+            elif header in mapped:
+                empty.pop(ours).data = part
+            else:
+                parameter = empty.pop(ours)
+                # A transposed copy is fast only within one dtype.
+                parameter.copy_(part if part.is_contiguous() else part.to(parameter.dtype))
     for name, parameter in empty.items():
         assert name.endswith(".bias"), name
         parameter.zero_()  # the checkpoint has biases elsewhere, ours has them everywhere or nowhere
     return model.eval()
 
 
-def _find(path: str | Path) -> Path:
-    """The local directory of a checkpoint; one at the hub is downloaded first."""
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise ValueError(f"{path} is a file; give the directory that holds config.json and {WEIGHTS}")
-    if not isinstance(path, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
-        raise ValueError(f"no such directory: {path} (looked in {Path.cwd()}); give one with config.json and {WEIGHTS}, or a hub id")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-    except ImportError as error:
-        raise ValueError(f"no such directory: {path}; to load it from the hub, `pip install huggingface_hub`") from error
-    try:
-        return Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no directory {path!r} in {Path.cwd()}, and it cannot be had from the Hugging Face hub: {reason}") from error
+def read_config(directory: Path) -> GPTConfig:
+    """The shape of the model in a directory with a config.json.
+
+    Raises:
+        ValueError: there is none, or it says something that our model does not compute.
+    """
+    where = directory / "config.json"
+    return from_hf_config(complete(read_json(where), str(where)), str(where))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{file.parent} has no {file.name}; a Hugging Face checkpoint needs one") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}; copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object; copy it again")
-    return content
+class _NoInit(TorchFunctionMode):
+    """Allocate weights and leave them so. On the meta device, initialisers and empty_like import torch's compiler: over a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty_like:
+            return torch.empty(args[0].shape, dtype=args[0].dtype, **kwargs)
+        return kwargs["tensor"] if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **kwargs)
 
 
-def _open_weights(directory: Path, values: dict[str, Any], stack: ExitStack) -> dict[str, tuple[Any, str]]:
-    """Open the checkpoint's files: the tensor's full name -> (its open file, its name in there)."""
-    names = [WEIGHTS]
-    if not (directory / WEIGHTS).is_file():
-        if not (directory / INDEX).is_file():
-            pickles = ", ".join(sorted(p.name for p in directory.glob("*.bin")))
-            reason = f"; {pickles} holds pickled code and is not read: convert it to safetensors with transformers' save_pretrained"
-            raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}{reason if pickles else '; copy the weights there'}")
-        names = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
-    found = {}
-    for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
-            raise ValueError(f"{directory}: {INDEX} names the file {name}, which is not there; copy it too")
-        try:
-            file = stack.enter_context(safe_open(directory / name, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"{directory / name} is not a whole safetensors file ({error}); copy it again") from error
-        found |= {key: (file, key) for key in file.keys() if not NOT_WEIGHTS.search(key)}  # noqa: SIM118 (not a dict)
+def _full_names(directory: Path, headers: list[TensorHeader], values: dict[str, Any]) -> dict[str, TensorHeader]:
+    """Every weight of the checkpoint by the name that the stock class gives it."""
+    weights = [header for header in headers if not NOT_WEIGHTS.search(header.name)]
     family = FAMILIES[values["model_type"]]
     heads = {"lm_head.weight", f"{family.head}.weight"}
     # Saved from the body alone, as OpenAI's GPT-2 was, the names lack the first part.
-    root = "" if any(key.startswith(family.root + ".") for key in found) else family.root + "."
-    return {f"{family.head}.weight" if key in heads else root + key: entry for key, entry in found.items()}
+    root = "" if any(header.name.startswith(family.root + ".") for header in weights) else family.root + "."
+    found: dict[str, TensorHeader] = {}
+    for header in weights:
+        name = f"{family.head}.weight" if header.name in heads else root + header.name
+        if name in found:
+            raise ValueError(f"{directory}: {name} is there twice, in {found[name].file.name} and {header.file.name}; remove one")
+        found[name] = header
+    return found
 
 
-def _check_names(directory: Path, expected: list[StoredTensor], found: dict[str, tuple[Any, str]], values: dict[str, Any]) -> None:
+def _check_names(directory: Path, expected: list[str], found: dict[str, TensorHeader], values: dict[str, Any]) -> None:
     head_name = f"{FAMILIES[values['model_type']].head}.weight"
     if values["tie_word_embeddings"] and head_name in found:
         head = found.pop(head_name)
-        tokens = found.setdefault(expected[0].name, head)  # some writers keep the shared tensor under the head's name alone
-        if tokens is not head and not torch.equal(*(file.get_tensor(name) for file, name in (tokens, head))):
+        tokens = found.setdefault(expected[0], head)  # some writers keep the shared tensor under the head's name alone
+        if tokens is not head and not torch.equal(*(tensor for _, tensor in [*read_tensors([tokens]), *read_tensors([head])])):
             raise ValueError(
                 f"{directory}: {head_name} differs from the token embedding, which tie_word_embeddings=true says it is; "
                 "set tie_word_embeddings to false in config.json, or remove the tensor"
             )
-    names = {stored.name for stored in expected}
-    for problem, wrong in (("lacks", names - set(found)), ("has, beyond what config.json describes,", set(found) - names)):
+    for problem, wrong in (("lacks", {*expected} - {*found}), ("has, beyond what config.json describes,", {*found} - {*expected})):
         if wrong:
             listed = ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             raise ValueError(f"{directory} {problem} {listed}; its config.json and its weights must be of one model")
 
 
-def _check_tensor(
-    directory: Path, stored: StoredTensor, found: dict[str, tuple[Any, str]], shapes: dict[str, torch.Size], config: GPTConfig
-) -> torch.dtype:
-    """The dtype of a stored tensor, after a look at its header."""
-    file, name = found[stored.name]
-    header = file.get_slice(name)
-    parts = [torch.empty(_shape(ours, shapes), device="meta") for ours in stored.ours]
-    shape = tuple(stored.pack(parts, config.n_head).shape)
-    if tuple(header.get_shape()) != shape:
-        raise ValueError(f"{directory}: {stored.name} has shape {tuple(header.get_shape())} where config.json asks for {shape}")
-    if header.get_dtype() not in DTYPES:
-        raise ValueError(f"{directory}: {stored.name} is {header.get_dtype()}, and only {', '.join(DTYPES)} can be loaded")
-    return DTYPES[header.get_dtype()]
+def _check_tensor(directory: Path, stored: StoredTensor, header: TensorHeader, shapes: dict[str, torch.Size]) -> torch.dtype:
+    """The dtype of a stored tensor, when its header is what it should be."""
+    shape = stored.shape([_shape(ours, shapes) for ours in stored.ours])
+    if header.shape != shape:
+        raise ValueError(f"{directory}: {stored.name} has shape {header.shape} where config.json asks for {shape}")
+    if header.dtype not in DTYPES:
+        raise ValueError(f"{directory}: {stored.name} is {header.dtype}, and only {', '.join(DTYPES)} can be loaded")
+    return DTYPES[header.dtype]
 
 
 def _shape(name: str, shapes: dict[str, torch.Size]) -> torch.Size:
@@ -166,24 +170,30 @@ def _shape(name: str, shapes: dict[str, torch.Size]) -> torch.Size:
 
 
 @torch.no_grad()
-def save_pretrained(model: GPT, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
+def save_pretrained(
+    model: GPT, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None, card: str | None = None
+) -> None:
     """Write a directory that `transformers` loads with no code of ours: config, weights, and the tokenizer if given.
+
+    Everything is written into a folder inside it and then moved into place, config.json last: a save that fails leaves
+    what was there, one that is killed while moving leaves a directory without config.json, which nothing loads.
 
     Args:
         model: what to write; whole tensors, adapters merged.
         directory: made if it is not there; weights that it holds are replaced.
         tokenizer: a `gpt.data.tokenizer.Tokenizer`, or a `transformers` tokenizer.
         dtype: of the written weights; None: the model's own.
+        card: text of README.md, the model card.
 
     Raises:
         ValueError: the tokenizer has ids that the model does not, or the model has parameters that its architecture cannot hold.
     """
-    directory = Path(directory)
-    config = model.config
+    directory, config = Path(directory).expanduser(), model.config
     values = to_hf_config(config)
     expected = list(stored_tensors(config.n_layer, values))
     ours: dict[str, Tensor] = dict(model.named_parameters())
-    if surplus := set(ours) - {name for stored in expected for name in stored.ours} - {"head.weight"}:
+    surplus = ours.keys() - {name for stored in expected for name in stored.ours}
+    if surplus:
         raise ValueError(f"{values['architectures'][0]} cannot hold the parameter {min(surplus)}; merge adapters before saving")
     tied = model.head.weight is model.embeddings.tokens.weight
     assert tied == config.tie_embeddings, f"tie_embeddings={config.tie_embeddings}, but the head is {'' if tied else 'not '}the embedding"
@@ -193,23 +203,37 @@ def save_pretrained(model: GPT, directory: str | Path, tokenizer: Any = None, dt
     dtype_name = str(dtype or token_dtype).removeprefix("torch.")
     values |= {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id")}
     values |= {"dtype": dtype_name, "torch_dtype": dtype_name}
+    if tokenizer is not None and hasattr(tokenizer, "to_transformers"):
+        tokenizer = tokenizer.to_transformers(config.context_length)
 
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give a directory to write the model into")
     directory.mkdir(parents=True, exist_ok=True)
-    # Left-over weights would be loaded in place of these, and a file that is mapped elsewhere must not change under its reader.
-    for old in (directory / WEIGHTS, directory / INDEX, *directory.glob("model-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
-    _write_json(directory / "config.json", values)
-    _write_json(directory / "generation_config.json", ids)
+    aside = directory / ".unfinished"
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    aside.mkdir()
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(aside))
+        if card is not None:
+            (aside / "README.md").write_text(card, encoding="utf-8")
+        _write_weights(model, ours, _shards(expected, ours, config, (dtype or token_dtype).itemsize), dtype, aside)
+        _write_json(aside / "generation_config.json", ids)
+        _write_json(aside / "config.json", values)
+        _move_into_place(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
-    shards = _shards(expected, ours, config, (dtype or token_dtype).itemsize)
+
+def _write_weights(
+    model: GPT, ours: dict[str, Tensor], shards: list[list[StoredTensor]], dtype: torch.dtype | None, directory: Path
+) -> None:
     weight_map: dict[str, str] = {}
     total_size = 0
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
-            stored.name: stored.pack([_exported(model, ours, name, dtype) for name in stored.ours], config.n_head).contiguous()
+            stored.name: stored.pack([_exported(model, ours, name, dtype) for name in stored.ours], model.config.n_head).contiguous()
             for stored in shard
         }
         save_file(tensors, directory / file, metadata={"format": "pt"})
@@ -217,10 +241,22 @@ def save_pretrained(model: GPT, directory: str | Path, tokenizer: Any = None, dt
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         _write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    if tokenizer is not None:
-        if hasattr(tokenizer, "to_transformers"):
-            tokenizer = tokenizer.to_transformers(config.context_length)
-        tokenizer.save_pretrained(str(directory))
+
+
+def _move_into_place(aside: Path, directory: Path) -> None:
+    """Replace the model in `directory` by the whole one in `aside`. Left-overs would be loaded in place of what is new."""
+    files = sorted((f for f in aside.rglob("*") if f.is_file()), key=lambda f: f.name == "config.json")
+    stale = ["config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+    if (aside / "tokenizer_config.json").exists():
+        stale += TOKENIZER_FILES
+    for pattern in stale:
+        for old in directory.glob(pattern):
+            if not old.is_dir():
+                old.unlink()
+    for file in files:
+        target = directory / file.relative_to(aside)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(file, target)
 
 
 def _exported(model: GPT, ours: dict[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:

@@ -38,16 +38,15 @@ class Embeddings(nn.Module):
         self.scale = config.embedding_scale
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: Tensor, offset: int = 0) -> Tensor:
-        """tokens (B, T) int64, the first at position `offset` -> (B, T, E)."""
+    def forward(self, tokens: Tensor, places: slice | Tensor) -> Tensor:
+        """tokens (B, T) int64, at the positions `places`, a slice or an index (T,) or (B, T) -> (B, T, E)."""
         x = self.tokens(tokens)
         if self.scale != 1.0:
             x = x * self.scale
-        span = slice(offset, offset + tokens.shape[1])
         if self.positions is not None:
-            x = x + self.positions.weight[span]
+            x = x + self.positions.weight[places]
         elif (table := getattr(self, "table", None)) is not None:
-            x = x + table[span].to(x.dtype)
+            x = x + table[places].to(x.dtype)
         return self.dropout(x)
 
 
@@ -63,9 +62,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.parallel = config.parallel_residual
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """x (B, T, E) -> (B, T, E)."""
-        attended = self.dropout(self.attention(self.attention_norm(x), rotary, cache))
+        attended = self.dropout(self.attention(self.attention_norm(x), rotary, cache, mask))
         if self.parallel:
             return x + attended + self.dropout(self.feedforward(self.feedforward_norm(x)))
         x = x + attended
@@ -124,7 +125,7 @@ class GPT(nn.Module):
             table: Tensor = self.embeddings.get_buffer("table")
             table.copy_(sinusoidal_table(config.context_length, config.d_model))
         elif config.positions == "rotary":
-            cos, sin = rotary_tables(config.context_length, config.rotary_dim, config.rope_theta)
+            cos, sin = rotary_tables(config.context_length, config.rotary_dim, config.rope_theta, config.llama3_scaling)
             self.get_buffer("rotary_cos").copy_(cos)
             self.get_buffer("rotary_sin").copy_(sin)
 
@@ -147,23 +148,24 @@ class GPT(nn.Module):
             nn.init.normal_(self.head.weight, std=0.02)
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) int64 -> (B, T, E), after the final norm. With a cache, T tokens are read after those it holds.
+        """tokens (B, T) int64 -> (B, T, E), after the final norm. With a cache, the T tokens are read after those it holds.
 
         Raises:
-            ValueError: more tokens than context_length.
+            ValueError: more tokens than context_length, or than the cache holds.
         """
-        offset = cache.length if cache is not None else 0
-        end = offset + tokens.shape[1]
-        if end > self.config.context_length:
-            raise ValueError(f"{end} tokens do not fit context_length={self.config.context_length}")
+        T = tokens.shape[1]
+        if cache is None and self.config.context_length < T:  # a cache refuses by itself
+            raise ValueError(f"{T} tokens do not fit context_length={self.config.context_length}")
+        places, mask = cache.places(T) if cache is not None else (slice(0, T), None)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = (self.get_buffer("rotary_cos")[offset:end], self.get_buffer("rotary_sin")[offset:end])
-        x = self.embeddings(tokens, offset)
+            cos, sin = self.get_buffer("rotary_cos")[places], self.get_buffer("rotary_sin")[places]
+            rotary = (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
+        x = self.embeddings(tokens, places)
         for block in self.blocks:
-            x = block(x, rotary, cache)
+            x = block(x, rotary, cache, mask)
         if cache is not None:
-            cache.length = end
+            cache.advance(T)
         return self.final_norm(x)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -184,17 +186,25 @@ class GPT(nn.Module):
         return 6 * (matrices + head) + 12 * config.n_layer * config.n_head * config.head_dim * config.context_length
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        allow_pickle: bool = False,
+    ) -> GPT:
         """Load a Hugging Face checkpoint directory or hub id of a supported architecture (`gpt.model.huggingface`)."""
         from gpt.model.huggingface import load_pretrained
 
-        return load_pretrained(cls, path, device, dtype)
+        return load_pretrained(cls, path, device, dtype, allow_pickle)
 
-    def save_pretrained(self, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None, card: str | None = None
+    ) -> None:
         """Write a Hugging Face directory of a stock architecture, which loads without any code of ours."""
         from gpt.model.huggingface import save_pretrained
 
-        save_pretrained(self, directory, tokenizer, dtype)
+        save_pretrained(self, directory, tokenizer, dtype, card)
 
     def compile_blocks(self, compile: Callable[[nn.Module], None]) -> None:
         """Hand each block to `compile`, in place: module names and checkpoints stay as they are."""

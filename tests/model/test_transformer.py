@@ -64,9 +64,103 @@ def test_cache_equals_full_forward(model):
             torch.testing.assert_close(torch.cat(parts, 1), full, atol=2e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_cache_of_fixed_shapes_equals_the_growing_one(model):
+    model.eval()
+    tokens = torch.randint(97, (2, 20))
+    full = model(tokens)
+    for max_length in (20, 24):  # exactly full, and with room that nobody may see
+        cache = KVCache(model.config, 2, max_length)
+        model(tokens[:, :9], cache)
+        for buffer in (*cache.keys, *cache.values):
+            buffer[:, :, 9:] = 1e3  # what lies beyond what was read must not matter
+        cache.fix_shapes()
+        steps = [model(token, cache) for token in tokens[:, 9:].split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, 1), full[:, 9:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed shapes"])
+@torch.no_grad()
+def test_padding_on_the_left_is_seen_by_nobody_and_shifts_no_position(model, fixed):
+    model.eval()
+    tokens = torch.randint(97, (3, 16))
+    padding = torch.tensor([0, 5, 2])
+    cache = KVCache(model.config, 3, 24, padding=padding)
+    read = [model(tokens[:, :6], cache), model(tokens[:, 6:10], cache)]
+    if fixed:
+        cache.fix_shapes()
+    read += [model(token, cache) for token in tokens[:, 10:].split(1, dim=1)]
+    got = torch.cat(read, 1)
+    for row, padded in enumerate(padding.tolist()):
+        alone = model(tokens[row : row + 1, padded:])
+        torch.testing.assert_close(got[row, padded:], alone[0], atol=2e-5, rtol=1e-4)
+    assert got.isfinite().all()
+
+
+class TestPlaces:
+    CONFIG = GPTConfig(vocab_size=7, context_length=8, n_layer=1, n_head=1, d_model=4)
+
+    def seen(self, mask: torch.Tensor) -> list[list[list[int]]]:
+        """Row by row and query by query, the places that are seen."""
+        assert set(mask.unique().tolist()) <= {0.0, -math.inf}
+        return [[(query == 0).nonzero().flatten().tolist() for query in row[0]] for row in mask]
+
+    def test_without_padding_only_a_later_chunk_needs_a_mask(self):
+        cache = KVCache(self.CONFIG, 1, 8)
+        assert cache.places(3) == (slice(0, 3), None)
+        cache.advance(3)
+        assert cache.places(1) == (slice(3, 4), None)
+        places, mask = cache.places(2)
+        assert places == slice(3, 5)
+        assert self.seen(mask) == [[[0, 1, 2, 3], [0, 1, 2, 3, 4]]]
+
+    def test_with_padding(self):
+        cache = KVCache(self.CONFIG, 2, 8, padding=torch.tensor([0, 2]))
+        places, mask = cache.places(3)
+        assert places.tolist() == [[0, 1, 2], [0, 0, 0]]
+        assert self.seen(mask) == [[[0], [0, 1], [0, 1, 2]], [[0], [1], [2]]]  # padding sees itself
+        cache.advance(3)
+        places, mask = cache.places(2)
+        assert places.tolist() == [[3, 4], [1, 2]]
+        assert self.seen(mask) == [[[0, 1, 2, 3], [0, 1, 2, 3, 4]], [[2, 3], [2, 3, 4]]]
+
+    def test_of_fixed_shapes(self):
+        for padding, places, seen in ((None, [3], [[[0, 1, 2, 3]]]), (torch.tensor([0, 2]), [[3], [1]], [[[0, 1, 2, 3]], [[2, 3]]])):
+            cache = KVCache(self.CONFIG, 2, 8, padding=padding)
+            cache.advance(3)
+            cache.fix_shapes()
+            found, mask = cache.places(1)
+            assert (found.tolist(), self.seen(mask)) == (places, seen)
+            assert mask.shape[-1] == 8
+            cache.advance(1)
+            assert cache.places(1)[0].tolist() == (torch.tensor(places) + 1).tolist()
+
+    def test_repeated_rows_stand_next_to_one_another(self):
+        cache = KVCache(self.CONFIG, 2, 8, padding=torch.tensor([0, 2]))
+        cache.keys[0][1] = 5.0
+        cache.repeat(3)
+        assert cache.padding.tolist() == [0, 0, 0, 2, 2, 2]
+        assert cache.keys[0].shape == cache.values[0].shape == (6, 1, 8, 4)
+        assert cache.keys[0].amax((1, 2, 3)).tolist() == [0, 0, 0, 5, 5, 5]
+
+
 def test_a_sequence_too_long_is_refused(model):
-    with pytest.raises(ValueError, match="context_length=24"):
+    with pytest.raises(ValueError, match="25 tokens do not fit context_length=24"):
         model(torch.zeros(1, 25, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_more_than_a_cache_holds_is_refused(model):
+    for padding in (None, torch.tensor([1])):
+        cache = KVCache(model.config, 1, 10, padding=padding)
+        model(torch.zeros(1, 9, dtype=torch.long), cache)
+        with pytest.raises(ValueError, match="11 tokens do not fit a KV cache of 10"):
+            model(torch.zeros(1, 2, dtype=torch.long), cache)
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+        with pytest.raises(ValueError, match="11 tokens do not fit"):
+            model(torch.zeros(1, 1, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="a KV cache of 25 tokens exceeds context_length=24"):
+        KVCache(model.config, 1, 25)
 
 
 def test_gradients_reach_every_parameter(model):
