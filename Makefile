@@ -17,7 +17,7 @@ setup: $(INSTALLED) ## make .venv with the exact versions of constraints.txt
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval,quantize]'
 	@touch $@
 
 train: setup ## train the default model: text of the standard library, about 3 minutes (ARGS="key=value ..." to change it)

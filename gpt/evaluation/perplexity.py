@@ -1,4 +1,7 @@
-"""Loss and bits per byte of a model on held-out text."""
+"""Loss and bits per byte of a model on a text, each token scored once.
+
+Shapes: B windows of a pass, T their length, N tokens scored, E d_model, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from gpt.data.shards import TokenArray
 from gpt.model.loss import IGNORE, LinearCrossEntropy
@@ -33,12 +38,95 @@ class HeldOutLoss:
         return self.nll / self.tokens
 
     @property
+    def perplexity(self) -> float:
+        """Per token; infinite where it exceeds what a float holds."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
     def bits_per_byte(self) -> float:
         """Does not depend on the tokenizer, unlike the loss. The end-of-text tokens' bits count, they have no bytes."""
         return self.nll / math.log(2) / max(1, self.bytes)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Where a text is cut to be scored.
+
+    Attributes:
+        starts: (n,) of the windows; the tokens after each are its targets.
+        length: T, tokens that the model reads of each window.
+        overlap: targets at the beginning of every window but one at 0 that do not count, for the window before has scored them.
+    """
+
+    starts: np.ndarray
+    length: int
+    overlap: int = 0
+
+
+def strided_windows(tokens: int, context_length: int, stride: int) -> Windows:
+    """Windows that score every token of a text but its first once, each with all the context that its window has before it.
+
+    All targets of the first window count, of the others the last `stride`. The last window may reach beyond the text; a text
+    shorter than a window gets one of its own length.
+
+    Args:
+        tokens: of the text, at least 2.
+        context_length: most tokens of a window.
+        stride: from one window to the next, 1 to context_length; context_length is windows without overlap.
+    """
+    beyond = max(0, tokens - 1 - context_length)  # targets that the first window does not hold
+    return Windows(np.arange(1 - (-beyond // stride)) * stride, min(context_length, tokens - 1), context_length - stride)
+
+
 @torch.no_grad()
+def score_windows(
+    model: GPT,
+    nll: Callable[[Tensor, Tensor], Tensor],
+    tokens: TokenArray,
+    windows: Windows,
+    batch: int,
+    byte_lengths: np.ndarray,
+    device: Device,
+    stopped: Callable[[], bool] = lambda: False,
+    scored: Callable[[int], None] = lambda tokens: None,
+) -> HeldOutLoss | None:
+    """Score windows of a text.
+
+    Args:
+        model: what to measure.
+        nll: hidden states (B, T, E), targets (B, T) with IGNORE where nothing counts -> the sum of the others' nats.
+        tokens: the ids; IGNORE where a window reaches beyond the text.
+        windows: which of them.
+        batch: B; the last pass is padded with targets that do not count, so shapes never change.
+        byte_lengths: (V,) bytes per id.
+        device: where.
+        stopped: asked between passes; if it says so, None is returned.
+        scored: told how many tokens each pass has scored.
+    """
+    was_training = model.training
+    model.eval()
+    sums, counted, n_bytes = torch.zeros((), dtype=torch.float64), 0, 0
+    try:
+        for first in range(0, len(windows.starts), batch):
+            if stopped():
+                return None
+            starts = windows.starts[first : first + batch]
+            rows = torch.full((batch, windows.length + 1), IGNORE)
+            rows[: len(starts)] = torch.from_numpy(tokens.windows(starts, windows.length + 1))
+            inputs, targets = rows[:, :-1].clamp(min=0), rows[:, 1:].clone()
+            targets[: len(starts)][torch.from_numpy(starts > 0), : windows.overlap] = IGNORE
+            with device.autocast():
+                hidden = model.hidden_states(inputs.to(device.type))
+            sums += nll(hidden, targets.to(device.type)).cpu().double()
+            ids = targets[targets != IGNORE].numpy()
+            counted += len(ids)
+            n_bytes += int(byte_lengths[ids].sum())
+            scored(len(ids))
+    finally:
+        model.train(was_training)
+    return HeldOutLoss(sums.item(), counted, n_bytes)
+
+
 def held_out_loss(
     model: GPT,
     loss: LinearCrossEntropy,
@@ -49,37 +137,57 @@ def held_out_loss(
     device: Device,
     stopped: Callable[[], bool] = lambda: False,
 ) -> HeldOutLoss | None:
-    """Score windows of context_length tokens, each token given those before it in its window.
+    """Score windows of context_length tokens that start at `starts`, with the loss of training. The rest as for `score_windows`."""
+
+    def nll(hidden: Tensor, targets: Tensor) -> Tensor:
+        return loss(hidden, model.head.weight, targets)
+
+    return score_windows(model, nll, tokens, Windows(starts, model.config.context_length), batch, byte_lengths, device, stopped)
+
+
+def strided_loss(
+    model: GPT,
+    tokens: TokenArray,
+    context_length: int,
+    stride: int,
+    batch: int,
+    byte_lengths: np.ndarray,
+    device: Device,
+    scored: Callable[[int], None] = lambda tokens: None,
+) -> HeldOutLoss:
+    """Score every token of a text but its first once, in `strided_windows`. The rest as for `score_windows`."""
+    windows = strided_windows(len(tokens), context_length, stride)
+    padded = TokenArray([*tokens.shards, np.full(windows.length, IGNORE)])  # for a last window that reaches beyond the text
+
+    def nll(hidden: Tensor, targets: Tensor) -> Tensor:
+        counts = targets != IGNORE
+        return token_nll(model, hidden[counts], targets[counts])[0].sum()
+
+    batch = min(batch, len(windows.starts))
+    result = score_windows(model, nll, padded, windows, batch, byte_lengths, device, scored=scored)
+    assert result is not None
+    assert result.tokens == len(tokens) - 1
+    return result
+
+
+def token_nll(model: GPT, hidden: Tensor, targets: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """What each target costs, with never more than `chunk` rows of logits at a time.
 
     Args:
-        model, loss: the model, and how its loss is computed.
-        tokens: the held-out ids.
-        starts: (N,) where the windows start.
-        batch: windows per forward pass; the last pass is padded with targets that do not count, so shapes never change.
-        byte_lengths: (vocab_size,) bytes per id.
-        device: where.
-        stopped: asked between passes; if it says so, None is returned.
+        model: whose head is asked; any module that makes logits of hidden states will do for one.
+        hidden: (N, E), of the places before the targets.
+        targets: (N,) ids.
+        chunk: rows.
+
+    Returns:
+        (N,) fp32 nats, and (N,) bool: whether the target is the likeliest token.
     """
-    T = model.config.context_length
-    was_training = model.training
-    model.eval()
-    nll, counted, n_bytes = torch.zeros((), dtype=torch.float64), 0, 0
-    try:
-        for first in range(0, len(starts), batch):
-            if stopped():
-                return None
-            rows = torch.full((batch, T + 1), IGNORE)
-            found = tokens.windows(starts[first : first + batch], T + 1)
-            rows[: len(found)] = torch.from_numpy(found)
-            inputs, targets = rows[:, :-1].clamp(min=0).to(device.type), rows[:, 1:].to(device.type)
-            with device.autocast():
-                hidden = model.hidden_states(inputs)
-            nll += loss(hidden, model.head.weight, targets).cpu().double()
-            counted += found[:, 1:].size
-            n_bytes += int(byte_lengths[found[:, 1:]].sum())
-    finally:
-        model.train(was_training)
-    return HeldOutLoss(nll.item(), counted, n_bytes)
+    nats, likeliest = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
+    for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logits = model.head(rows).float()
+        nats.append(F.cross_entropy(logits, wanted, reduction="none"))
+        likeliest.append(logits.argmax(-1) == wanted)
+    return torch.cat(nats), torch.cat(likeliest)
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:

@@ -4,14 +4,24 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt.data.loader import held_out_windows
 from gpt.data.shards import TokenArray
-from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, held_out_loss
+from gpt.evaluation.perplexity import (
+    HeldOutLoss,
+    compressed_bits_per_byte,
+    held_out_loss,
+    strided_loss,
+    strided_windows,
+    token_nll,
+)
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device
+from tests.evaluation.conftest import CONTEXT, make_model
 
 V, T = 50, 16
 BYTE_LENGTHS = np.arange(V) % 5  # id 0 and others have none, as special tokens
@@ -141,3 +151,124 @@ def test_what_gzip_and_xz_reach_is_what_the_programs_reach(tmp_path):
         size = len(subprocess.check_output([*name.split(), "-c", tmp_path / "text"]))
         assert figure == pytest.approx(8 * size / len(text), abs=0.01)
     assert compressed_bits_per_byte(b"") == {}
+
+
+# Strided windows
+
+
+def slow_nll(model: GPT, ids: np.ndarray, context_length: int, stride: int) -> list[float]:
+    """Nats of every token but the first, one forward pass each, in fp64: the first window that holds a token, up to it."""
+    wide = GPT(model.config).double()
+    wide.load_state_dict(model.state_dict())
+    wide.eval()
+    found = []
+    for place in range(1, len(ids)):
+        start = 0
+        while start + context_length < place:
+            start += stride
+        with torch.no_grad():
+            logits = wide(torch.from_numpy(ids[None, start:place].astype(np.int64)))[0, -1]
+        assert logits.dtype == torch.float64
+        found.append(-(logits[int(ids[place])] - logits.exp().sum().log()).item())
+    return found
+
+
+def strided(model: GPT, ids: np.ndarray, stride: int, batch: int = 3, context_length: int = CONTEXT, **settings) -> HeldOutLoss:
+    tokens, device = TokenArray([ids[:1], ids[1:]]), Device("cpu", "CPU", torch.float32, None)
+    return strided_loss(model, tokens, context_length, stride, batch, BYTE_LENGTHS, device, **settings)
+
+
+@pytest.fixture(scope="module")
+def rich_model(shape) -> GPT:
+    return make_model(shape, V)
+
+
+@pytest.mark.parametrize("stride", [1, 7, CONTEXT // 2, CONTEXT - 1, CONTEXT])
+@pytest.mark.parametrize("count", [2, 10, CONTEXT, CONTEXT + 1, CONTEXT + 2, 2 * CONTEXT + 1, 4 * CONTEXT, 90])
+def test_strided_windows_are_the_reference_s(rich_model, count, stride):
+    ids = np.random.default_rng(count).integers(0, V, count).astype(np.uint16)
+    expected, measured = slow_nll(rich_model, ids, CONTEXT, stride), strided(rich_model, ids, stride)
+    assert measured.loss == pytest.approx(sum(expected) / (count - 1), abs=1e-4)
+    assert measured.nll == pytest.approx(sum(expected), rel=1e-5)
+    assert (measured.tokens, measured.bytes) == (count - 1, int(BYTE_LENGTHS[ids[1:]].sum()))
+
+
+def test_more_context_changes_the_loss(rich_model):
+    ids = np.tile(np.random.default_rng(0).integers(0, V, 30), 4).astype(np.uint16)
+    losses = [strided(rich_model, ids, stride).loss for stride in (1, CONTEXT // 2, CONTEXT)]
+    assert len({round(loss, 4) for loss in losses}) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 100])
+def test_the_batch_does_not_change_the_loss(rich_model, batch):
+    ids = np.random.default_rng(1).integers(0, V, 100).astype(np.uint16)
+    assert strided(rich_model, ids, 10, batch).nll == pytest.approx(strided(rich_model, ids, 10, 3).nll, rel=1e-6)
+
+
+def test_fewer_tokens_of_context_than_the_model_reads(rich_model):
+    ids = np.random.default_rng(2).integers(0, V, 50).astype(np.uint16)
+    expected = slow_nll(rich_model, ids, 9, 4)
+    assert strided(rich_model, ids, 4, context_length=9).nll == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_windows_without_overlap_are_those_of_training(rich_model):
+    ids = np.random.default_rng(3).integers(0, V, 5 * CONTEXT + 1).astype(np.uint16)
+    tokens, device = TokenArray([ids]), Device("cpu", "CPU", torch.float32, None)
+    trained = held_out_loss(rich_model, LinearCrossEntropy(), tokens, held_out_windows(tokens, CONTEXT), 3, BYTE_LENGTHS, device)
+    measured = strided(rich_model, ids, CONTEXT)
+    assert trained is not None
+    assert (measured.tokens, measured.bytes) == (trained.tokens, trained.bytes)
+    assert measured.nll == pytest.approx(trained.nll, rel=1e-6)
+
+
+def test_shapes_stay_the_same_and_progress_adds_up(rich_model):
+    shapes, progress = set(), []
+    hook = rich_model.final_norm.register_forward_hook(lambda module, inputs, output: shapes.add(tuple(output.shape)))
+    ids = np.random.default_rng(4).integers(0, V, 5 * CONTEXT + 3).astype(np.uint16)
+    strided(rich_model, ids, 10, 4, scored=progress.append)
+    hook.remove()
+    assert shapes == {(4, CONTEXT, 32)}
+    assert sum(progress) == len(ids) - 1
+
+
+@given(st.integers(2, 400), st.integers(1, 60), st.data())
+def test_every_token_is_scored_once(tokens, context_length, data):
+    stride = data.draw(st.integers(1, context_length))
+    windows = strided_windows(tokens, context_length, stride)
+    times = np.zeros(tokens, dtype=int)
+    for start in windows.starts:
+        targets = np.arange(start + 1, start + windows.length + 1)[windows.overlap if start else 0 :]
+        times[targets[targets < tokens]] += 1
+        assert len(targets[targets < tokens])  # no window for nothing
+    assert times.tolist() == [0] + [1] * (tokens - 1)
+    assert windows.length <= context_length
+
+
+@given(st.integers(2, 70), st.integers(1, 12), st.integers(1, 5), st.data())
+@settings(max_examples=50)
+def test_the_code_scores_every_token_once(tokens, context_length, batch, data):
+    stride = data.draw(st.integers(1, context_length))
+    seen: list[int] = []
+    model = make_model("gpt2", 128, 12)
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    ids = np.arange(tokens) % 128
+    lengths = np.ones(128, dtype=int)
+    tokens_array, device = TokenArray([ids]), Device("cpu", "CPU", torch.float32, None)
+    assert strided_loss(model, tokens_array, context_length, stride, batch, lengths, device).tokens == tokens - 1
+    assert sum(seen) == tokens - 1  # no logits for what is not scored
+
+
+def test_token_nll_in_chunks(rich_model):
+    torch.manual_seed(1)
+    hidden, targets = torch.randn(10, 32), torch.randint(V, (10,))
+    logits = rich_model.head(hidden).double()
+    nats, likeliest = token_nll(rich_model, hidden, targets, chunk=4)
+    assert nats.tolist() == pytest.approx((logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]).tolist(), abs=1e-5)
+    assert likeliest.tolist() == (logits.argmax(-1) == targets).tolist()
+    assert token_nll(rich_model, hidden, logits.argmax(-1), chunk=4)[1].all()
+    assert [part.shape for part in token_nll(rich_model, hidden[:0], targets[:0])] == [(0,), (0,)]
+
+
+def test_perplexity():
+    assert HeldOutLoss(nll=50 * math.log(7), tokens=50, bytes=9).perplexity == pytest.approx(7)
+    assert HeldOutLoss(nll=800.0, tokens=1, bytes=1).perplexity == math.inf

@@ -1,0 +1,183 @@
+"""The commands, and the settings of those that use a model: generate, evaluate, export. (A training run's are in `gpt.config`.)
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gpt.config import DataConfig, RunConfig, at_least, check_seed, validate_data
+from gpt.errors import UserError
+from gpt.typed import shown
+
+
+@dataclass
+class ModelUse:
+    """Which weights, and how to compute with them."""
+
+    model: str = ""
+    """A run directory, its model/ folder, or a Hugging Face directory or hub id of a supported architecture."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the weights and their products; auto: bf16 where the chip multiplies it."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: the matrices as 8-bit integers with a scale per row (torchao, weight-only); half the memory of bf16."""
+    allow_pickle: bool = False
+    """Read a checkpoint that is only there as pytorch_model.bin; nothing in it is run."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        if not self.model:
+            raise UserError("model: which model? Give a run directory or a Hugging Face directory, e.g. model=runs/<id>")
+
+
+@dataclass
+class GenerateConfig(ModelUse):
+    """One call of `gpt generate`."""
+
+    prompt: str = ""
+    """What to continue. Empty: from the start of a document."""
+    prompts: list[str] = field(default_factory=list)
+    """Several prompts, continued together."""
+    n: int = 1
+    """Continuations of each prompt."""
+    interactive: bool = False
+    """A chat in the terminal: with the tokenizer's chat template if it has one, else what you write is continued."""
+    system: str = ""
+    """interactive: the chat's system message."""
+    max_tokens: int | None = None
+    """Most tokens to write; null: 200, or as many as the context still holds."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens whose probabilities reach p together."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that are in the text already become less likely."""
+    stop: list[str] = field(default_factory=list)
+    """Stop before any of these texts."""
+    stop_ids: list[int] = field(default_factory=list)
+    """Stop before any of these token ids, besides those that the model's own files name."""
+    seed: int | None = None
+    """Of the sampling; null: another text each time."""
+    overflow: Literal["error", "slide"] = "error"
+    """When prompt and max_tokens exceed the context: refuse, or go on from the second half of what the context holds."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile the step that makes one token; auto: on a GPU, for long texts."""
+    verbose: bool = False
+    """Print the speeds of reading the prompt and of writing."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        super().validate()
+        for name, low in (("n", 1), ("temperature", 0), ("top_k", 0)):
+            at_least(name, getattr(self, name), low)
+        if self.max_tokens is not None:
+            at_least("max_tokens", self.max_tokens, 1)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={shown(self.top_p)} must be greater than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={shown(self.min_p)} must be from 0 to 1")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"repetition_penalty={shown(self.repetition_penalty)} must be greater than 0; 1 changes nothing")
+        if self.seed is not None:
+            check_seed(self.seed)
+        if self.prompt and self.prompts:
+            raise UserError("prompts: give prompt= or prompts=, not both")
+        if self.interactive and (self.prompt or self.prompts or self.n > 1):
+            raise UserError("interactive=true: the chat asks for its prompts itself; leave out prompt, prompts and n")
+        if self.system and not self.interactive:
+            raise UserError("system: is the system message of a chat; add interactive=true, or write it into the prompt")
+
+
+@dataclass
+class EvaluateConfig(ModelUse):
+    """One call of `gpt evaluate`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    part: Literal["auto", "all", "held_out"] = "auto"
+    """Of the data: all, or the share that a run with this data.holdout does not train on. auto: all of the data that is named
+    here; with none named, what the model's own run held out."""
+    stride: int = 0
+    """Tokens from one window to the next; each token is scored once, in the first window that holds it. 0: half a window."""
+    context_length: int = 0
+    """Tokens of a window, and of a task's question; 0: as many as the model can read."""
+    batch: int = 8
+    """Windows, or requests of a task, per forward pass."""
+    max_tokens: int = 0
+    """Score only the first so many tokens; 0: all."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, instead of text (`pip install 'gpt-trainer[eval]'`)."""
+    tasks_dir: str | None = None
+    """A folder of your own tasks as YAML files."""
+    num_fewshot: int | None = None
+    """Of tasks: worked examples in front of each question; null: what the task says."""
+    limit: int | None = None
+    """Of tasks: only the first so many questions."""
+    output: str | None = None
+    """Write the figures into this JSON file too."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        super().validate()
+        for name, low in (("stride", 0), ("context_length", 0), ("batch", 1), ("max_tokens", 0)):
+            at_least(name, getattr(self, name), low)
+            if self.tasks and name in ("stride", "max_tokens") and getattr(self, name):
+                raise UserError(f"{name}={getattr(self, name)} is of text, not of tasks; leave it out, or leave out tasks")
+        if self.tasks and self.data.paths:
+            raise UserError(f"data.paths={shown(self.data.paths)} is not read by tasks; leave one of the two out")
+        if self.context_length and self.stride > self.context_length:
+            raise UserError(f"stride={self.stride} must be at most context_length={self.context_length}, or tokens would be left out")
+        for name, low in (("num_fewshot", 0), ("limit", 1)):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), low)
+                if not self.tasks:
+                    raise UserError(f"{name}={getattr(self, name)} is of tasks; name some, e.g. tasks=[lambada_openai]")
+        if self.tasks_dir is not None and not self.tasks:
+            raise UserError(f"tasks_dir={self.tasks_dir}: name the tasks to run, tasks=[...]")
+        validate_data(self.data)
+
+
+@dataclass
+class ExportConfig:
+    """One call of `gpt export`."""
+
+    run: str = ""
+    """A run directory, one of its checkpoints, or a Hugging Face directory or hub id."""
+    output: str | None = None
+    """Folder to write; null: <run>/export, or the name of the model with -export here."""
+    dtype: Literal["own", "float32", "bfloat16", "float16"] = "own"
+    """Of the written weights; own: as they are."""
+    format: Literal["hf"] = "hf"
+    """A Hugging Face directory: config.json, safetensors, tokenizer, model card."""
+    overwrite: bool = False
+    """Replace an output folder that is there."""
+    allow_pickle: bool = False
+    """Read a checkpoint that is only there as pytorch_model.bin; nothing in it is run."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        if not self.run:
+            raise UserError("run: what to export? Give a run directory, e.g. run=runs/<id>")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, in a line, and the schema of its settings."""
+
+    what: str
+    config: type
+
+
+COMMANDS = {
+    "pretrain": Command("train a model from scratch; with no argument, a small one on Python's standard library", RunConfig),
+    "generate": Command("continue a prompt with a trained model, or chat with it", GenerateConfig),
+    "evaluate": Command("loss, perplexity and bits per byte of a model on text, or its scores on tasks", EvaluateConfig),
+    "export": Command("write a run's weights as a Hugging Face directory", ExportConfig),
+}

@@ -1,0 +1,157 @@
+"""`gpt evaluate`: how well a model predicts a text, or how it does at tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt import __version__
+from gpt.commands import EvaluateConfig
+from gpt.data.sources import ReadReport, find_files
+from gpt.errors import UserError
+from gpt.evaluation.harness import find_tasks, run_tasks
+from gpt.evaluation.perplexity import compressed_bits_per_byte, strided_loss
+from gpt.evaluation.progress import note, progress_bar
+from gpt.evaluation.text import COMPRESSED_BYTES, EncodedText, encode_texts, read_texts
+from gpt.inference.loading import Loaded, load_model
+from gpt.model.transformer import GPT
+from gpt.runtime.device import Device, find_device
+
+_LONG = 8192  # a window that takes more memory than many a machine has
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Run `gpt evaluate`: the figures on stdout, and in the file `output`. Returns the exit code.
+
+    Raises:
+        UserError: no model, no text, no such task, or settings that do not go with them.
+    """
+    output = None if config.output is None else Path(config.output).expanduser()
+    if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
+        raise UserError(f"output={config.output}: {'is a folder' if output.is_dir() else f'cannot write to the folder {output.parent}'}")
+    tasks = find_tasks(config.tasks, config.tasks_dir) if config.tasks else None
+    texts = [] if config.tasks else _read(config)
+    device = find_device(config.device, config.precision)
+    loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
+    limit = loaded.model.config.context_length
+    length = config.context_length or limit
+    if length > limit:
+        raise UserError(f"context_length={length}: the model reads at most {limit} tokens")
+    report: dict[str, Any] = {"model": _describe(config, loaded, device), "context_length": length}
+    if tasks is not None:
+        _quantize(config, loaded.model)
+        report |= run_tasks(tasks, loaded, length, config)
+    else:
+        report |= _on_text(config, loaded, device, length, texts)
+    if output is not None:
+        text = json.dumps(report | {"versions": _versions(bool(tasks))}, indent=2, default=str)
+        try:
+            output.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output={config.output}: cannot be written: {error.strerror}") from error
+        _row("written to", str(output))
+    return 0
+
+
+def _read(config: EvaluateConfig) -> list[str]:
+    report = ReadReport()
+    texts = read_texts(find_files(config.data), config, report)
+    report.split_within_files &= config.part == "held_out"
+    for line in report.warnings():
+        note(line)
+    return texts
+
+
+def _describe(config: EvaluateConfig, loaded: Loaded, device: Device) -> dict[str, Any]:
+    """Print which model it is, and return that for the file."""
+    shape, parameters, dtype = loaded.model.config.stock_architecture(), loaded.model.num_parameters(), str(device.dtype)[6:]
+    _row("model", f"{config.model}: {parameters / 1e6:,.2f}M parameters, {shape} shape, {dtype}, {device.description}")
+    return {
+        "path": config.model, "shape": shape, "parameters": parameters, "context_length": loaded.model.config.context_length,
+        "dtype": dtype, "device": device.description, "quantize": config.quantize,
+    }  # fmt: skip
+
+
+def _versions(with_tasks: bool) -> dict[str, str]:
+    from importlib.metadata import version
+
+    found = {"gpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return found | ({"lm_eval": version("lm_eval")} if with_tasks else {})
+
+
+def _quantize(config: EvaluateConfig, model: GPT) -> None:
+    if config.quantize == "int8":
+        from gpt.inference.quantize import quantize_int8
+
+        _row("quantize", config.quantize)
+        quantize_int8(model)
+
+
+def _on_text(config: EvaluateConfig, loaded: Loaded, device: Device, length: int, texts: list[str]) -> dict[str, Any]:
+    """Score a text and print the figures; they are returned for the file."""
+    stride = config.stride or max(1, length // 2)
+    if stride > length:
+        raise UserError(f"stride={stride} must be at most the {length} tokens of a window, or some would never be scored")
+    encoded = encode_texts(texts, loaded.tokenizer, loaded.model.config.vocab_size, config.max_tokens)
+    tokens = len(encoded.tokens) - 1
+    if min(length, tokens) > _LONG and not config.context_length:
+        note(f"windows of {length:,} tokens, all that the model can read; context_length=2048 takes less memory and time")
+    held_out = config.part == "held_out"
+    data = {"source": config.data.source, "paths": config.data.paths, "part": "held_out" if held_out else "all"}
+    report = {"data": data, "documents": encoded.documents, "tokens": tokens, "bytes": encoded.bytes, "stride": stride}
+    what = config.data.paths[0] if config.data.paths else f"data={config.data.source}"
+    what += f" and {len(config.data.paths) - 1} more" * (len(config.data.paths) > 1) + ", held out" * held_out
+    _row("text", f"{what}: {encoded.bytes:,} bytes, {tokens:,} tokens to score, documents: {encoded.documents:,}")
+    _row("windows", f"{length:,} tokens, a new one every {stride:,}")
+    measured = _measure(config, loaded, device, encoded, length, stride)
+    compressed = compressed_bits_per_byte(encoded.text)
+    of = "" if len(encoded.text) == encoded.bytes else f" of its first {COMPRESSED_BYTES >> 20} MiB"
+    _row("the same text", f"{', '.join(f'{name}: {bits:.4f}' for name, bits in compressed.items())} bits per byte{of}")
+    report |= measured | {"compressed_bits_per_byte": compressed}
+    if config.quantize != "none":
+        print()
+        _quantize(config, loaded.model)
+        quantized = _measure(config, loaded, device, encoded, length, stride)
+        before, after = measured["loss"], quantized["loss"]
+        change = f"{after - before:+.4f} ({100 * (after - before) / before:+.2f} %)"
+        _row("difference", f"loss {before:.4f} -> {after:.4f}, {change}")
+        report[config.quantize] = quantized | {"loss_difference": after - before}
+    return report
+
+
+def _measure(config: EvaluateConfig, loaded: Loaded, device: Device, encoded: EncodedText, length: int, stride: int) -> dict[str, float]:
+    """Score the text and print the figures."""
+    as_it_is = replace(device, dtype=torch.float32)  # the weights are in the precision asked for: nothing to cast
+    started = time.perf_counter()
+    with progress_bar("scoring", len(encoded.tokens) - 1) as advance:
+        result = strided_loss(
+            loaded.model, encoded.tokens, length, stride, config.batch, loaded.tokenizer.byte_lengths(), as_it_is, advance
+        )
+    result, seconds = replace(result, bytes=encoded.bytes), time.perf_counter() - started
+    if not math.isfinite(result.loss):
+        raise UserError(
+            f"model={config.model}: its loss is {result.loss}; its weights are damaged, or too large for precision={config.precision}"
+        )
+    _row("loss", f"{result.loss:.4f} nats per token")
+    _row("perplexity", f"{result.perplexity:.3f} per token")
+    _row("bits per byte", f"{result.bits_per_byte:.4f}")
+    _row("time", f"{seconds:.1f} s, {result.tokens / seconds:,.0f} tokens/s")
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "seconds": seconds,
+        "tokens_per_second": result.tokens / seconds,
+    }
+
+
+def _row(name: str, text: str) -> None:
+    print(f"{name:<15}{text}", flush=True)

@@ -1,0 +1,115 @@
+"""The text that a model is measured on: read as for training, cut by the model's own tokenizer, kept in memory as ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from gpt.commands import EvaluateConfig
+from gpt.data.shards import TokenArray
+from gpt.data.sources import Document, ReadReport, SourceFile, read_documents
+from gpt.data.tokenizer import Tokenizer
+from gpt.errors import UserError
+
+COMPRESSED_BYTES = 1 << 24  # xz takes a second or more for each of the first 16 MiB
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text as ids: each document after an end-of-text token, where the tokenizer has one.
+
+    Attributes:
+        tokens: all but the first are scored.
+        documents: in it.
+        bytes: UTF-8 bytes of the tokens that are scored.
+        text: those bytes, at most COMPRESSED_BYTES of them, for other compressors.
+    """
+
+    tokens: TokenArray
+    documents: int
+    bytes: int
+    text: bytes
+
+
+def read_texts(files: list[SourceFile], config: EvaluateConfig, report: ReadReport) -> list[str]:
+    """The documents to measure on: those that a run with this data holds out, or all, whole again where the border cuts them.
+
+    Raises:
+        UserError: there is no text, or a file cannot be read.
+    """
+    documents = read_documents(files, config.data, report)
+    if config.part == "held_out":
+        texts = [d.text for d in documents if d.held_out]
+        kind = " held-out"
+    else:
+        texts, kind = _whole(documents) if report.split_within_files else [d.text for d in documents], ""
+    if not texts:
+        left_out = [f"{n} {what}" for n, what in ((report.empty_files, "empty"), (len(report.binary_files), "binary")) if n]
+        raise UserError(
+            f"data: there is no{kind} text in {len(files)} file{'s' * (len(files) > 1)}" + f" ({', '.join(left_out)})" * bool(left_out)
+        )
+    return texts
+
+
+def _whole(documents: list[Document]) -> list[str]:
+    """The texts of files that were cut in two; an empty part is not there."""
+    texts: list[str] = []
+    for previous, document in pairwise([None, *documents]):
+        assert document is not None
+        if previous is not None and (document.name, document.held_out, previous.held_out) == (f"{previous.name} (end)", True, False):
+            texts[-1] += document.text
+        else:
+            texts.append(document.text)
+    return texts
+
+
+def encode_texts(texts: list[str], tokenizer: Tokenizer, vocab_size: int, max_tokens: int = 0) -> EncodedText:
+    """Cut texts into ids.
+
+    Args:
+        texts: the documents.
+        tokenizer: the model's.
+        vocab_size: ids that the model knows.
+        max_tokens: read no further than is needed to score so many; 0: all.
+
+    Raises:
+        UserError: nothing to score, or ids that the model does not know.
+    """
+    tokenizer = Tokenizer(tokenizer.backend, check="".join(texts[:50])[:200_000])  # encodes faster where it can
+    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    separator = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=dtype)
+    lengths, shards, read = tokenizer.byte_lengths(), [], []
+    wanted, found = (max_tokens + 1) if max_tokens else float("inf"), 0
+    for start in range(0, len(texts), 64):
+        for text, ids in zip(texts[start : start + 64], tokenizer.encode_batch(texts[start : start + 64]), strict=True):
+            if found < wanted:
+                read.append(text)
+                shards.append(np.concatenate((separator, ids.astype(dtype))))
+                found += len(shards[-1])
+        if found >= wanted:
+            break
+    if found < 2:
+        raise UserError(f"data: {found} token{'s' * (found != 1)} of text; there is nothing to predict")
+    if (largest := max(int(ids.max()) for ids in shards if len(ids))) >= vocab_size:
+        raise UserError(f"model: its tokenizer makes id {largest}, and the model knows {vocab_size}; they do not belong together")
+    first = next(int(ids[0]) for ids in shards if len(ids))
+    skipped = 0 if len(separator) else int(lengths[first])  # nothing stands before it that could predict it
+    n_bytes = sum(len(text.encode()) for text in read) - skipped
+    if found > wanted:
+        keep = len(shards[-1]) - (found - int(wanted))
+        n_bytes -= int(lengths[shards[-1][keep:]].sum())
+        shards[-1] = shards[-1][:keep]
+    return EncodedText(TokenArray(shards), len(read), n_bytes, _head(read, skipped + min(n_bytes, COMPRESSED_BYTES))[skipped:])
+
+
+def _head(texts: list[str], size: int) -> bytes:
+    """The first `size` bytes."""
+    parts: list[bytes] = []
+    for text in texts:
+        if size <= 0:
+            break
+        parts.append(text[:size].encode()[:size])
+        size -= len(parts[-1])
+    return b"".join(parts)
