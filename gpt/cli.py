@@ -6,21 +6,18 @@ Nothing here imports torch, so help and config errors come at once. Exit codes: 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gpt import __version__
+from gpt.commands import COMMANDS
 from gpt.errors import UserError
-
-COMMANDS = {
-    "pretrain": "train a model from scratch; with no argument, a small one on Python's standard library",
-    "generate": "continue a prompt with a trained model",
-}
-
 
 FLAGS = ("--help", "--cfg", "--config-dir", "--version")
 
@@ -72,7 +69,7 @@ def _dispatch(arguments: list[str]) -> int:
     wants_help = "-h" in arguments or "--help" in arguments
     command, *rest = [a for a in arguments if a not in ("-h", "--help")] or [""]
     if not command and len(arguments) == wants_help:
-        print(help_text.overview(COMMANDS))
+        print(help_text.overview())
         return 0
     if command not in COMMANDS:
         if command in FLAGS or "=" in command:
@@ -81,12 +78,12 @@ def _dispatch(arguments: list[str]) -> int:
             raise UserError(f"{command}: no such flag{nearest_and_all(command, FLAGS)}")
         raise UserError(f"{command or repr('')}: no such command{nearest_and_all(command, COMMANDS)}")
     rest, config_dir, show = _options(rest)
-    if config_dir and command == "generate":
-        raise UserError(f"--config-dir {config_dir}: gpt generate has no config groups")
+    if config_dir and command not in ("pretrain", "evaluate"):
+        raise UserError(f"--config-dir {config_dir}: gpt {command} has no config groups")
     if wants_help:
-        print(help_text.command(command, COMMANDS[command], config_dir))
+        print(help_text.command(command, config_dir))
         return 0
-    return _generate(rest, show) if command == "generate" else _pretrain(command, rest, config_dir, show)
+    return _run_command(command, rest, config_dir, show)
 
 
 def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
@@ -112,34 +109,24 @@ def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
     return rest, config_dir, show
 
 
-def _pretrain(command: str, arguments: list[str], config_dir: Path | None, show: bool) -> int:
-    from gpt.compose import compose_run
+def _run_command(command: str, arguments: list[str], config_dir: Path | None, show: bool) -> int:
+    from gpt.compose import compose_run, compose_use
 
-    config = compose_run(command, arguments, config_dir)
+    config: Any = (compose_run if command == "pretrain" else compose_use)(command, arguments, config_dir)
     if show:
-        import yaml
-
-        print(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), end="")
-        return 0
-    from gpt.launch import launch
-
-    return launch(config)
-
-
-def _generate(arguments: list[str], show: bool) -> int:
-    from gpt.compose import compose_generate
-
-    config = compose_generate(arguments)
-    if show:
-        import dataclasses
-
         import yaml
 
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
-    from gpt.inference.command import generate
-
-    return generate(config)
+    if command == "pretrain":
+        from gpt.launch import launch as run_it
+    elif command == "generate":
+        from gpt.inference.command import generate as run_it
+    elif command == "evaluate":
+        from gpt.evaluation.command import evaluate as run_it
+    else:
+        from gpt.training.export import export as run_it
+    return run_it(config)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from gpt.config import GenerateConfig, RunConfig
+from gpt.commands import COMMANDS, EvaluateConfig
+from gpt.config import DataConfig, RunConfig, TokenizerConfig
 from gpt.errors import UserError
 from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_keys
 
@@ -56,21 +57,65 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
         config = _resumed(run, chosen, settings, keys)
     else:
         config = from_dict(RunConfig, _hydra_compose(config_dir, chosen, settings))
+        if config.init:
+            _take_shape(config, [*chosen, *settings])
     config.command = typing.cast(Any, command)
     config.validate()
     return config
 
 
-def compose_generate(arguments: Sequence[str]) -> GenerateConfig:
-    """The settings of `gpt generate` from `key=value` arguments.
+def _take_shape(config: RunConfig, named: Sequence[str]) -> None:
+    """Make the model and the tokenizer those of `init`.
+
+    Args:
+        config: with `init`.
+        named: the groups and keys that the user named.
+
+    Raises:
+        UserError: one of them says otherwise, or there are no such weights.
+    """
+    fixed = [key for key in named if key.partition(".")[0] in ("model", "tokenizer") and key != "model.dropout"]
+    if fixed:
+        raise UserError(f"{fixed[0]}: init={config.init} brings its own shape and tokenizer; leave it out (model.dropout may be set)")
+    from gpt.inference.loading import read_shape  # imports torch
+
+    dropout = config.model.dropout
+    config.model, tokenizer = read_shape(typing.cast(str, config.init), config.allow_pickle)
+    if "model.dropout" in named:
+        config.model.dropout = dropout
+    config.tokenizer = TokenizerConfig("pretrained", path=tokenizer)
+
+
+def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None = None) -> Any:
+    """The settings of a command that uses a model (generate, evaluate, export) from `key=value` arguments.
 
     Raises:
         UserError: the first thing wrong.
     """
-    keys = schema_keys(GenerateConfig)
-    config = from_dict(GenerateConfig, dict(_read(argument, keys, {}) for argument in arguments))
+    schema = COMMANDS[command].config
+    keys = schema_keys(schema)
+    options = {group: names for group, names in groups(config_dir).items() if dataclasses.is_dataclass(keys.get(group))}
+    settings = dict(_read(argument, keys, options) for argument in arguments)
+    chosen = {name: settings.pop(name) for name in list(settings) if name in options}
+    values = _hydra_compose(config_dir, chosen, settings, schema, command) if options else settings
+    config = from_dict(schema, values)
+    if isinstance(config, EvaluateConfig) and not any(name.partition(".")[0] == "data" for name in (*chosen, *settings)):
+        config.data, config.part = _own_data(config, config.part)
     config.validate()
     return config
+
+
+def _own_data(config: EvaluateConfig, part: Any) -> tuple[DataConfig, Any]:
+    """What the model's own run trained on, for an evaluation that names no data: what it held out, unless all is asked for."""
+    path = Path(config.model).expanduser()
+    run = next((p for p in (path, path.parent, path.parent.parent) if (p / "config.yaml").is_file()), path)  # its model, a checkpoint
+    if config.model and not config.tasks and not (run / "config.yaml").is_file():
+        raise UserError(
+            "data: measured on what? Name it, e.g. data=text data.paths=[book.txt] or data=stdlib; "
+            f"model={config.model} is {'not of a run' if path.exists() else 'no directory here'}, whose own held-out text would be taken"
+        )
+    data = load_run(run).data if (run / "config.yaml").is_file() and not config.tasks else config.data
+    return data, "held_out" if part == "auto" else part
 
 
 def load_run(directory: Path) -> RunConfig:
@@ -154,8 +199,10 @@ def _value(key: str, text: str, hint: Any) -> Any:
     return override.value()
 
 
-def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The groups, composed by Hydra, with single keys set on top."""
+def _hydra_compose(
+    overlay: Path | None, chosen: dict[str, Any], settings: dict[str, Any], schema: type = RunConfig, root: str = "config"
+) -> dict[str, Any]:
+    """The groups that the file `root` lists, composed by Hydra, with single keys set on top."""
     import yaml
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -163,12 +210,12 @@ def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store("schema", _defaults(RunConfig))
+    ConfigStore.instance().store("schema", _defaults(schema))
     overrides = [f"{group}={_quoted(option)}" for group, option in chosen.items() if option is not None]
     overrides += [f"hydra.searchpath=[{_quoted(f'file://{overlay.resolve()}')}]"] if overlay else []
     try:
         with initialize_config_dir(str(config_directory().resolve()), version_base="1.3"):
-            composed = compose("config", overrides)
+            composed = compose(root, overrides)
         for key, value in settings.items():
             OmegaConf.update(composed, key, _escaped(value), merge=False)
         values = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
@@ -179,7 +226,7 @@ def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[
             " ()", ""
         )
         raise UserError(f"{f'--config-dir {overlay}: ' if overlay else ''}{' '.join(message.split())}") from error
-    for group in chosen.keys() & values.keys() - {f.name for f in dataclasses.fields(RunConfig)}:
+    for group in chosen.keys() & values.keys() - {f.name for f in dataclasses.fields(schema)}:
         raise UserError(f"{group}={chosen[group]}: the first line of its file must be `# @package _global_`")
     return values
 

@@ -1,4 +1,4 @@
-"""The one schema: everything that can be set, its type, its default and what it means.
+"""The schema of a training run: everything that can be set, its type, its default and what it means.
 
 `configs/` holds values, this file holds types. A run's config is composed once (`gpt.compose`), made into these dataclasses
 (`from_dict`) and validated; nothing after that sees an untyped config. Imports no torch.
@@ -187,6 +187,10 @@ class RunConfig:
     """Of the matrix products; weights and sums are fp32. auto: bf16 where the chip multiplies it."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile block by block; auto: where it pays within the run."""
+    init: str | None = None
+    """Start from these weights, in their shape and with their tokenizer: a run directory, a Hugging Face directory or hub id."""
+    allow_pickle: bool = False
+    """Read an init that is only there as pytorch_model.bin; nothing in it is run."""
     resume: str = "auto"
     """auto: continue the newest whole checkpoint of this run.id; never: refuse an existing run; or a run directory."""
     run: RunSection = field(default_factory=RunSection)
@@ -214,43 +218,6 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as they stand in config.yaml."""
         return asdict(self)
-
-
-@dataclass
-class GenerateConfig:
-    """One call of `gpt generate`."""
-
-    model: str = ""
-    """A run directory, its model/ folder, or a Hugging Face directory or hub id of a supported architecture."""
-    prompt: str = ""
-    """What to continue. Empty: from the start of a document."""
-    max_tokens: int = 200
-    """Most tokens to write."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens whose probabilities reach p together."""
-    stop: list[str] = field(default_factory=list)
-    """Stop before any of these texts."""
-    seed: int | None = None
-    """Of the sampling; none: another text each time."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the weights and caches."""
-
-    def validate(self) -> None:
-        """Raises UserError for values that cannot be."""
-        if not self.model:
-            raise UserError("model: which model? Give a run directory or a Hugging Face directory, e.g. model=runs/<id>")
-        for name, low in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
-            _at_least(name, getattr(self, name), low)
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={shown(self.top_p)} must be greater than 0 and at most 1")
-        if self.seed is not None:
-            _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -286,18 +253,20 @@ def parse_span(key: str, text: str, units: Sequence[str] = ("steps", "tokens", "
     raise UserError(f"{key}={shown(text)}: must be a length such as {', '.join(examples[unit] for unit in units)}")
 
 
-def _at_least(key: str, value: float, low: float, why: str = "") -> None:
+def at_least(key: str, value: float, low: float, why: str = "") -> None:
+    """Raises UserError naming the key if a value is below `low`."""
     if value < low:
         raise UserError(f"{key}={shown(value)} must be at least {low}{why}")
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that is not 32 bits."""
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={shown(seed)} must be from 0 to {2**32 - 1}")
 
 
 def _validate(c: RunConfig) -> None:
-    _check_seed(c.seed)
+    check_seed(c.seed)
     for key, value, low in (
         ("train.grad_clip", c.train.grad_clip, 0), ("train.log_every", c.train.log_every, 1),
         ("train.eval_every", c.train.eval_every, 0),
@@ -305,9 +274,9 @@ def _validate(c: RunConfig) -> None:
         ("checkpoint.keep_last", c.checkpoint.keep_last, 1), ("device.threads", c.device.threads, 0),
         ("optimizer.weight_decay", c.optimizer.weight_decay, 0), ("schedule.warmup", c.schedule.warmup, 0),
     ):  # fmt: skip
-        _at_least(key, value, low)
+        at_least(key, value, low)
     for name in ("eval_tokens", "final_eval_tokens"):
-        _at_least(f"train.{name}", getattr(c.train, name), c.model.context_length, ", one model.context_length")
+        at_least(f"train.{name}", getattr(c.train, name), c.model.context_length, ", one model.context_length")
     for name in ("lr", "adam_lr", "eps"):
         if not getattr(c.optimizer, name) > 0:
             raise UserError(f"optimizer.{name}={shown(getattr(c.optimizer, name))} must be greater than 0")
@@ -333,14 +302,19 @@ def _validate(c: RunConfig) -> None:
             raise UserError(f"resume={shown(c.resume)} is not a run directory: it has no config.yaml; give one such as runs/<id>")
 
 
+def validate_data(data: DataConfig) -> None:
+    """Raises UserError for settings of a source that cannot be."""
+    if not 0 < data.holdout < 1:
+        raise UserError(f"data.holdout={shown(data.holdout)} must be greater than 0 and less than 1")
+    if data.source == "text" and not all(data.paths or [""]):
+        raise UserError(f"data.paths={shown(data.paths)}: data=text needs files, folders or globs, e.g. data.paths=[book.txt]")
+    if data.source == "stdlib" and data.paths:
+        raise UserError(f"data.paths={shown(data.paths)} is not read by data=stdlib; add data=text, or take the paths out")
+
+
 def _validate_text(c: RunConfig) -> None:
     """What is read, and how it becomes ids."""
-    if not 0 < c.data.holdout < 1:
-        raise UserError(f"data.holdout={shown(c.data.holdout)} must be greater than 0 and less than 1")
-    if c.data.source == "text" and not all(c.data.paths or [""]):
-        raise UserError(f"data.paths={shown(c.data.paths)}: data=text needs files, folders or globs, e.g. data.paths=[book.txt]")
-    if c.data.source == "stdlib" and c.data.paths:
-        raise UserError(f"data.paths={shown(c.data.paths)} is not read by data=stdlib; add data=text, or take the paths out")
+    validate_data(c.data)
     if c.tokenizer.name == "pretrained" and not c.tokenizer.path:
         raise UserError("tokenizer.path=null: tokenizer=pretrained needs a folder, a tokenizer.json or a hub id")
     if c.tokenizer.name != "pretrained" and c.tokenizer.path:
@@ -349,7 +323,7 @@ def _validate_text(c: RunConfig) -> None:
             "add tokenizer=pretrained, or tokenizer.path=null"
         )
     if c.tokenizer.name == "bpe":
-        _at_least("tokenizer.vocab_size", c.tokenizer.vocab_size, 257)
+        at_least("tokenizer.vocab_size", c.tokenizer.vocab_size, 257)
     ids, whose = {
         "bpe": (c.tokenizer.vocab_size, f"tokenizer.vocab_size={c.tokenizer.vocab_size}"),
         "byte": (257, "the 257 ids of tokenizer=byte"),
@@ -361,7 +335,7 @@ def _validate_text(c: RunConfig) -> None:
 
 def _validate_batch(c: RunConfig) -> None:
     """Batches are whole sequences, passes whole parts of a batch."""
-    _at_least("train.batch_tokens", c.train.batch_tokens, 1)
+    at_least("train.batch_tokens", c.train.batch_tokens, 1)
     length = c.model.context_length
     sequences, rest = divmod(c.train.batch_tokens, length)
     if rest:
@@ -369,7 +343,7 @@ def _validate_batch(c: RunConfig) -> None:
         raise UserError(f"train.batch_tokens={c.train.batch_tokens} is not a multiple of model.context_length={length} (nearest: {near})")
     micro = c.train.micro_batch
     if micro != "auto":
-        _at_least("train.micro_batch", micro, 1)
+        at_least("train.micro_batch", micro, 1)
         if sequences % micro:
             near = min((d for d in range(1, min(sequences, 4096) + 1) if sequences % d == 0), key=lambda d: abs(d - micro))
             raise UserError(

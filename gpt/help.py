@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from gpt import config as schema
+from gpt import commands, config
+from gpt.commands import COMMANDS
 from gpt.compose import config_directory, groups
-from gpt.model import config as model_schema
+from gpt.config import RunConfig
+from gpt.model import config as model_config
 
 WIDTH = 118
 
@@ -24,13 +26,27 @@ EXAMPLES = {
         ("gpt pretrain experiment=quick device=cpu", "half a minute, to see every part work"),
         ("gpt pretrain resume=runs/<id>", "continue a run that was stopped"),
     ],
-    "generate": [('gpt generate model=runs/<id> prompt="import " max_tokens=200 temperature=0.8 top_k=50', "continue a prompt")],
+    "generate": [
+        ('gpt generate model=runs/<id> prompt="import " max_tokens=200 temperature=0.8 top_k=50', "continue a prompt"),
+        ('gpt generate model=runs/<id> "prompts=[import , class ]" n=3', "three continuations of each"),
+        ("gpt generate model=<folder> interactive=true", "chat in the terminal"),
+        ("gpt generate model=<folder> quantize=int8 verbose=true", "8-bit weights; print the speeds"),
+    ],
+    "evaluate": [
+        ("gpt evaluate model=runs/<id>", "on what the run held out"),
+        ("gpt evaluate model=<folder> data=text data.paths=[book.txt]", "on your own text, all of it"),
+        ("gpt evaluate model=<folder> tasks=[hellaswag] limit=100", "tasks of lm-evaluation-harness"),
+    ],
+    "export": [
+        ("gpt export run=runs/<id>", "the best weights, into runs/<id>/export"),
+        ("gpt export run=runs/<id>/checkpoints/step-00001000 dtype=bfloat16 output=my-model", "one checkpoint, in bfloat16"),
+    ],
 }
 
 
-def overview(commands: dict[str, str]) -> str:
+def overview() -> str:
     """`gpt --help`."""
-    rows = "\n".join(f"  {name:<10} {what}" for name, what in commands.items())
+    rows = "\n".join(f"  {name:<10} {command.what}" for name, command in COMMANDS.items())
     return (
         "gpt: train GPT models and write with them.\n\nusage: gpt <command> [key=value ...]\n\n"
         f"commands:\n{rows}\n\n"
@@ -39,26 +55,34 @@ def overview(commands: dict[str, str]) -> str:
     )
 
 
-def command(name: str, what: str, config_dir: Path | None = None) -> str:
+def command(name: str, config_dir: Path | None = None) -> str:
     """`gpt <command> --help`."""
-    lines = [f"gpt {name}: {what}", "", f"usage: gpt {name} [key=value ...]"]
+    schema = COMMANDS[name].config
+    lines = [f"gpt {name}: {COMMANDS[name].what}", "", f"usage: gpt {name} [key=value ...]"]
     lines += ["A text is taken word for word as the shell gives it; a list is written [a.txt, 'b c.txt'].", "", "examples:"]
     lines += [f"  {example}   # {why}" for example, why in EXAMPLES[name]]
-    if name == "generate":
-        return "\n".join([*lines, "", "keys (key=default):", *_section(schema.GenerateConfig, "", {})])
-    lines += ["", "groups (group=option):"]
-    for group, options in groups(config_dir).items():
+    root = "config" if schema is RunConfig else name
+    fields, defaults = typing.get_type_hints(schema), _composed_defaults(root)
+    used = {
+        group: options
+        for group, options in groups(config_dir).items()
+        if schema is RunConfig or dataclasses.is_dataclass(fields.get(group))
+    }
+    lines += ["", "groups (group=option):"] if used else []
+    for group, options in used.items():
         lines += textwrap.wrap(", ".join(options), WIDTH, initial_indent=f"  {group:<12} ", subsequent_indent=" " * 15)
-    lines += ["", "keys (key=default):", *_section(schema.RunConfig, "", _composed_defaults())]
+    lines += ["", "keys (key=default):", *_section(schema, "", defaults)]
     return "\n".join(lines)
 
 
-def _composed_defaults() -> dict[str, Any]:
-    """The values of the default groups, read without Hydra, whose import alone would cost half the time there is."""
+def _composed_defaults(root_name: str) -> dict[str, Any]:
+    """The values of a root file's default groups, read without Hydra, whose import alone would cost half the time there is."""
     import yaml
 
     directory = config_directory()
-    root = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    if not (directory / f"{root_name}.yaml").is_file():
+        return {}
+    root = yaml.safe_load((directory / f"{root_name}.yaml").read_text(encoding="utf-8"))
     values = {k: v for k, v in root.items() if k != "defaults"}
     for entry in root["defaults"]:
         for group, option in entry.items() if isinstance(entry, dict) else ():
@@ -69,7 +93,8 @@ def _composed_defaults() -> dict[str, Any]:
 
 def _section(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
     """The keys of one dataclass with the defaults in `values`, or else its own."""
-    docs = _field_docs()[cls.__name__]
+    found = _field_docs()
+    docs = {field: text for part in reversed(cls.__mro__) for field, text in found.get(part.__name__, {}).items()}
     hints = typing.get_type_hints(cls)
     sections = []
     for field in dataclasses.fields(cls):
@@ -83,7 +108,7 @@ def _section(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
         default = values.get(field.name, default)
         choices = [str(a).lower() for option in (hint, *get_args(hint)) if get_origin(option) is Literal for a in get_args(option)]
         known = f" ({'|'.join(choices)})" if len(choices) > 1 else ""
-        shown = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
         yield from textwrap.wrap(
             f"{docs.get(field.name, '')}{known}",
             WIDTH,
@@ -98,12 +123,12 @@ def _section(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
 def _field_docs() -> dict[str, dict[str, str]]:
     """Class -> field -> the docstring below it."""
     found: dict[str, dict[str, str]] = {}
-    for module in (schema, model_schema):
+    for module in (config, commands, model_config):
         tree = ast.parse(Path(typing.cast(Any, module).__file__).read_text(encoding="utf-8"))
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 docs = found.setdefault(node.name, {})
                 for field, text in zip(node.body, node.body[1:], strict=False):
                     if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-                        docs[field.target.id] = ast.literal_eval(text.value)
+                        docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())
     return found

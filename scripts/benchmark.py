@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark_inference import decode, first_token, load
 
 from gpt.compose import compose_run
 from gpt.data.tokenizer import Tokenizer, train_bpe
@@ -157,7 +158,10 @@ def startup() -> None:
             process.communicate()
 
 
-BENCHMARKS = {"startup": startup, "attention": attention, "loss": loss, "step": step, "encoding": encoding}
+BENCHMARKS = {
+    "startup": startup, "attention": attention, "loss": loss, "step": step, "encoding": encoding,
+    "decode": decode, "first_token": first_token, "load": load,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -47,6 +47,10 @@ class Tokenizer:
         self.backend.no_padding()
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)  # ids may have gaps
         self.end_of_text: int | None = _end_of_text(backend)
+        self.chat_template: str | None = None
+        """How a conversation becomes a text, in Jinja, as `transformers` renders it."""
+        self.special_tokens: dict[str, str] = {}
+        """bos_token, eos_token, pad_token, unk_token, where the tokenizer's own files name them."""
         self._fast = _tiktoken_of(backend, check) if check else None
 
     @property
@@ -57,6 +61,33 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of one text; special tokens in it are taken as text."""
         return self.encode_batch([text])[0].tolist()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text to continue: behind what the tokenizer itself puts before a text, such as Llama's <|begin_of_text|>."""
+        encoding = self.backend.encode(text or "a")  # around nothing, what comes before it and what comes after are one
+        added = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
+        return encoding.ids[:added] + self.encode(text)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids of a conversation, rendered by the chat template, up to where the assistant's next message begins.
+
+        Args:
+            messages: each with "role" and "content".
+
+        Raises:
+            UserError: the template refuses them.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self.to_transformers(0).apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+        self.backend.encode_special_tokens = False  # the template's marks are control, not text
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self.backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of many texts, uint32 each."""
@@ -100,9 +131,10 @@ class Tokenizer:
         """The same tokenizer as a `transformers` one, for export."""
         from transformers import PreTrainedTokenizerFast
 
-        eos = None if self.end_of_text is None else self.backend.id_to_token(self.end_of_text)
+        end = None if self.end_of_text is None else self.backend.id_to_token(self.end_of_text)
+        names = self.special_tokens or dict.fromkeys(("eos_token", "bos_token", "pad_token"), end)
         return PreTrainedTokenizerFast(
-            tokenizer_object=self.backend, eos_token=eos, bos_token=eos, pad_token=eos,
+            tokenizer_object=self.backend, **names, chat_template=self.chat_template,
             model_max_length=context_length, clean_up_tokenization_spaces=False,
         )  # fmt: skip
 
@@ -160,9 +192,32 @@ def load_tokenizer(path: str | Path, check: str = "") -> Tokenizer:
             raise UserError(f"no tokenizer at {file}")
         file = _download(str(path))
     try:
-        return Tokenizer(HFTokenizer.from_file(str(file)), check)
+        tokenizer = Tokenizer(HFTokenizer.from_file(str(file)), check)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{file} is not a tokenizer file: {error}") from error
+    _read_companions(file.parent, tokenizer)
+    return tokenizer
+
+
+def _read_companions(directory: Path, tokenizer: Tokenizer) -> None:
+    """What stands beside tokenizer.json: the names of the special tokens and the chat template."""
+    config, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    if config.is_file():
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{config} is not JSON: {error}; copy it again") from error
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token = values.get(name)
+            token = token.get("content") if isinstance(token, dict) else token  # as older files write it
+            if isinstance(token, str) and tokenizer.backend.token_to_id(token) is not None:
+                tokenizer.special_tokens[name] = token
+        found = values.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {t.get("name"): t.get("template") for t in found}.get("default")
+        tokenizer.chat_template = found
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
 
 
 def _download(hub_id: str) -> Path:

@@ -2,77 +2,116 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from pathlib import Path
+import textwrap
+import time
 
-from gpt.compose import load_run
-from gpt.config import GenerateConfig
-from gpt.data.tokenizer import Tokenizer, load_tokenizer
+import torch
+import torch.nn.functional as F
+
+from gpt.commands import GenerateConfig
 from gpt.errors import UserError
+from gpt.inference.chat import Chat
+from gpt.inference.decode import Speed
 from gpt.inference.generate import generate_text
-from gpt.model.transformer import GPT
-from gpt.runtime.device import Device, find_device
+from gpt.inference.loading import Loaded, load_model
+from gpt.inference.packing import pack_for_inference
+from gpt.inference.quantize import quantize_int8
+from gpt.inference.sampling import Sampling
+from gpt.runtime.compiling import should_compile_decoding
+from gpt.runtime.device import find_device
+
+_MAX_TOKENS = 200  # where max_tokens is not set
 
 
 def generate(config: GenerateConfig) -> int:
-    """Run `gpt generate`: the prompt and its continuation on stdout. Returns the exit code."""
-    if any("\ud800" <= c <= "\udfff" for c in config.prompt):  # how Python shows bytes of the command line that are not UTF-8
-        raise UserError("prompt: it is not valid UTF-8")
+    """Run `gpt generate`: prompts and their continuations on stdout, all else on stderr. Returns the exit code."""
+    prompts = config.prompts or [config.prompt]
+    if any("\ud800" <= c <= "\udfff" for text in [*prompts, config.system] for c in text):
+        raise UserError("prompt: it is not valid UTF-8")  # so Python holds bytes of the command line that it cannot decode
+    started = time.perf_counter()
     device = find_device(config.device, config.precision)
-    model, tokenizer = load_model(config.model, device)
-    sys.stdout.write(config.prompt)
-    sys.stdout.flush()
+    loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
+    if wrong := [i for i in config.stop_ids if not 0 <= i < loaded.model.config.vocab_size]:
+        raise UserError(f"stop_ids={wrong[0]}: the model's ids go from 0 to {loaded.model.config.vocab_size - 1}")
+    if config.verbose:
+        parameters = loaded.model.num_parameters()
+        shape = f"{parameters / 1e6:.1f}M parameters, {loaded.model.config.stock_architecture()} shape"
+        _say(f"{shape}, loaded in {time.perf_counter() - started:.1f} s; {device.description}, {str(device.dtype)[6:]}")
+    if config.quantize == "int8":
+        _quantize(loaded)
+    max_tokens, note = _max_tokens(config, loaded, prompts)
+    compiled = should_compile_decoding(config.compile, device, max_tokens)
+    if not compiled:
+        pack_for_inference(loaded.model)
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty, config.seed)
+    end_ids = loaded.end_ids | frozenset(config.stop_ids)
+    if config.interactive:
+        return Chat(
+            loaded.model, loaded.tokenizer, sampling, config.max_tokens, config.stop, end_ids, config.system, compiled, config.verbose
+        ).run()
+    if note:
+        _say(f"note: {note}")
+    speed = Speed()
     pieces = generate_text(
-        model, tokenizer, config.prompt, config.max_tokens, config.temperature, config.top_k, config.top_p, config.stop, config.seed
+        loaded.model, loaded.tokenizer, prompts, max_tokens, sampling, config.stop, end_ids, config.n, config.overflow, compiled, speed
     )
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    used = len(tokenizer.encode(config.prompt)) + config.max_tokens
-    if used > model.config.context_length:
-        print(
-            f"gpt: note: prompt and max_tokens are {used} tokens; the model's context ends at {model.config.context_length}",
-            file=sys.stderr,
-        )
+    rows = len(prompts) * config.n
+    if rows == 1:
+        _write(prompts[0])
+        for _, piece in pieces:
+            _write(piece)
+        _write("\n")
+    else:
+        texts = [""] * rows
+        for row, piece in pieces:
+            texts[row] += piece
+            if sys.stderr.isatty():
+                print(f"\r{rows} texts, {speed.tokens + rows} tokens", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        for row, text in enumerate(texts):
+            _write(f"--- {row + 1} of {rows}\n{prompts[row // config.n]}{text}\n")
+    if config.verbose:
+        _say(speed.described())
     return 0
 
 
-def load_model(path: str, device: Device) -> tuple[GPT, Tokenizer]:
-    """A model in eval mode and its tokenizer, from a run directory, its model/ folder, or a Hugging Face directory or hub id.
-
-    Raises:
-        UserError: there is no model there, or it is of a kind we cannot hold exactly.
-    """
-    directory = Path(path).expanduser()
-    if directory.is_dir() and (directory / "config.yaml").is_file():
-        if (directory / "model" / "config.json").is_file():
-            directory = directory / "model"
-        else:
-            return _from_checkpoint(directory, device)
-    elif not directory.is_dir() and (path.startswith(("/", ".", "~", "runs/")) or path.count("/") > 1):
-        from gpt.config import nearest
-
-        siblings = [str(p) for p in directory.parent.iterdir()] if directory.parent.is_dir() else []
-        raise UserError(f"model={path}: there is no such directory{nearest(str(directory), siblings)}")
-    try:
-        model = GPT.from_pretrained(str(directory) if directory.is_dir() else path, device.type, device.dtype)
-    except ValueError as error:
-        raise UserError(f"model={path}: {error}") from error
-    return model.eval(), load_tokenizer(directory if directory.is_dir() else path)
+def _max_tokens(config: GenerateConfig, loaded: Loaded, prompts: list[str]) -> tuple[int, str]:
+    """How many tokens to write, and what to say of a context that will not hold them."""
+    limit = loaded.model.config.context_length
+    longest = max((len(loaded.tokenizer.encode_prompt(prompt)) for prompt in prompts), default=0) or 1
+    if config.overflow == "slide":
+        wanted = config.max_tokens or _MAX_TOKENS
+        if longest + wanted <= limit:
+            return wanted, ""
+        return wanted, (
+            f"{longest} tokens of prompt and {wanted} to write exceed the model's context of {limit}: "
+            f"when it is full, writing goes on from its last {max(1, limit // 2)} tokens, and what was before is forgotten"
+        )
+    return config.max_tokens or max(1, min(_MAX_TOKENS, limit - longest)), ""
 
 
-def _from_checkpoint(run: Path, device: Device) -> tuple[GPT, Tokenizer]:
-    """The newest whole checkpoint of a run that has not finished."""
-    from gpt.training.checkpoint import load_weights, newest_whole
+@torch.no_grad()
+def _quantize(loaded: Loaded) -> None:
+    """Quantise, and say what it costs on a text that is everywhere the same."""
+    ids = loaded.tokenizer.encode(inspect.getsource(textwrap))[: min(512, loaded.model.config.context_length)]
+    tokens = torch.tensor([ids], device=loaded.model.embeddings.tokens.weight.device)
 
-    def say(text: str) -> None:
-        print(f"gpt: {text}", file=sys.stderr)
+    def loss() -> float:
+        return F.cross_entropy(loaded.model(tokens)[0, :-1].float(), tokens[0, 1:]).item()
 
-    checkpoint = newest_whole(run / "checkpoints", say)
-    if checkpoint is None:
-        raise UserError(f"model={run}: the run has neither a model/ folder nor a whole checkpoint yet")
-    say(f"the run has not finished; using {checkpoint}")
-    model = GPT.materialise(load_run(run).model, device.type, device.dtype)
-    load_weights(checkpoint, model)
-    return model.eval(), load_tokenizer(run / "tokenizer.json")
+    before = loss()
+    quantize_int8(loaded.model)
+    after = loss()
+    _say(f"int8: loss on {len(ids) - 1} tokens of Python's textwrap.py {before:.4f} -> {after:.4f} ({after - before:+.4f})")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    print(f"gpt: {text}", file=sys.stderr)

@@ -8,9 +8,11 @@ import functools
 import os
 import subprocess
 import threading
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
@@ -114,6 +116,30 @@ def compile_model(model: GPT, loss: LinearCrossEntropy) -> None:
     for block in model.blocks:
         block.compile(dynamic=False)
     loss.compile_softmax(dynamic=False)
+
+
+@functools.cache
+def compile_decoding(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile the function that makes one token, for fixed shapes; on a GPU its kernels are recorded and replayed as one."""
+    _skip_vector_probes()
+    return torch.compile(step, dynamic=False, fullgraph=True, mode="reduce-overhead")
+
+
+def keep_in_place(tensors: Iterable[Tensor]) -> None:
+    """Promise that these tensors, which a compiled step writes to, stay where they are: only then can its kernels be recorded."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def should_compile_decoding(setting: Literal["auto"] | bool, device: Device, tokens: int) -> bool:
+    """Whether compiling the step that makes one token pays: not on a CPU, where the packed weights are as fast without.
+
+    Args:
+        setting: the config's `compile`.
+        device: where.
+        tokens: how many steps there will be.
+    """
+    return setting if setting != "auto" else device.type != "cpu" and tokens >= 256 and device.compile_obstacle() is None
 
 
 def _skip_vector_probes() -> None:

@@ -103,6 +103,11 @@ def find_device(name: str, precision: str, threads: int = 0) -> Device:
     return Device(kind, kind.upper(), _dtype(precision, chip_has_it=False), None)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype for sums that should be as exact as the device can."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _dtype(precision: str, chip_has_it: bool) -> torch.dtype:
     if precision == "auto":
         return torch.bfloat16 if chip_has_it else torch.float32

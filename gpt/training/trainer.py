@@ -25,7 +25,9 @@ from gpt.data.loader import TrainingBatches, held_out_windows
 from gpt.data.prepare import Corpus, prepare_corpus
 from gpt.errors import UserError
 from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, held_out_loss
-from gpt.inference.generate import generate_text
+from gpt.inference.generate import generate_text, whole_texts
+from gpt.inference.loading import load_model
+from gpt.inference.sampling import Sampling
 from gpt.model.config import GPTConfig
 from gpt.model.loss import IGNORE, LinearCrossEntropy
 from gpt.model.transformer import GPT
@@ -33,6 +35,7 @@ from gpt.runtime.compiling import CompileAhead, compile_model, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.signals import StopRequest
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole, save_checkpoint
+from gpt.training.export import describe_corpus, model_card
 from gpt.training.metrics import MetricsFile, read_metrics
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.progress import Progress, say
@@ -111,9 +114,7 @@ class Trainer:
             self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
         self._set_vocab_size(self.corpus)
         self.byte_lengths = self.corpus.tokenizer.byte_lengths()
-        torch.manual_seed(config.seed)
-        self.model = GPT.materialise(config.model)
-        self.model.init_weights()
+        self.model = self._initial_model()
         self.model.to(self.device.type)
         self.model.tie()
         self.loss = LinearCrossEntropy(self.device.dtype)
@@ -131,6 +132,20 @@ class Trainer:
         say(f"model: {self.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
         if self.compiled:
             compile_model(self.model, self.loss)
+
+    def _initial_model(self) -> GPT:
+        """Random weights, or those of `init`, in fp32 on the CPU. Seeds the random numbers of the run."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        model = GPT.materialise(config.model)
+        if config.init is None:
+            model.init_weights()
+            return model
+        # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.
+        loaded = load_model(config.init, dtype=torch.float32, allow_pickle=config.allow_pickle, key="init").model
+        model.load_state_dict(loaded.state_dict())
+        say(f"weights: {config.init}")
+        return model
 
     def _expected_length(self) -> tuple[float | None, float | None]:
         """The run's length in floating-point operations and in seconds, as far as the config alone tells."""
@@ -160,7 +175,7 @@ class Trainer:
         before = load_run(path)
         if not config.model.vocab_size:
             config.model.vocab_size = before.model.vocab_size
-        keys = ("seed", "train.batch_tokens", "train.overfit", "optimizer.name", "data.source", "data.holdout", "data.on_error")
+        keys = ("seed", "init", "train.batch_tokens", "train.overfit", "optimizer.name", "data.source", "data.holdout", "data.on_error")
         for key in (*keys, *_leaves("model", config.model), *_leaves("tokenizer", config.tokenizer)):
             now, then = _value(config, key), _value(before, key)
             if now != then:
@@ -382,12 +397,6 @@ class Trainer:
         targets = self.corpus.held_out.windows(starts + 1, config.model.context_length)
         text = self.corpus.tokenizer.decode(targets[targets != self.corpus.tokenizer.end_of_text])
         compressed = compressed_bits_per_byte(text.encode())
-        aside = path / ".model.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        self.model.save_pretrained(aside, tokenizer=self.corpus.tokenizer)
-        shutil.rmtree(self.directory.model, ignore_errors=True)
-        aside.rename(self.directory.model)
-        samples = self._samples()
         rates = [m["tokens_per_second"] for m in read_metrics(self.directory.metrics) if "tokens_per_second" in m]
         summary = Summary(
             title=config.run.id,
@@ -398,6 +407,13 @@ class Trainer:
             gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
             skipped_steps=state.skipped_steps, finished=True,
         )  # fmt: skip
+        aside = path / ".model.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        card = model_card(config, summary, describe_corpus(self.corpus.index))
+        self.model.save_pretrained(aside, tokenizer=self.corpus.tokenizer, card=card)
+        shutil.rmtree(self.directory.model, ignore_errors=True)
+        aside.rename(self.directory.model)
+        samples = self._samples()
         report = write_report(path, samples, summary)
         for sample in samples:
             say(f"\n--- {sample.prompt!r} continues:\n{sample.prompt}{sample.text}")
@@ -413,18 +429,13 @@ class Trainer:
     def _samples(self) -> list[Sample]:
         train = self.config.train
         self.model.eval()
+        sampling = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=self.config.seed)
         with torch.compiler.set_stance("force_eager"):
-            return [
-                Sample(
-                    prompt,
-                    "".join(
-                        generate_text(
-                            self.model, self.corpus.tokenizer, prompt, train.sample_tokens, 0.9, 50, 0.95, seed=self.config.seed + number
-                        )
-                    ),
-                )
-                for number, prompt in enumerate(train.sample_prompts)
-            ]
+            pieces = generate_text(
+                self.model, self.corpus.tokenizer, train.sample_prompts, train.sample_tokens, sampling, overflow="slide"
+            )  # fmt: skip
+            texts = whole_texts(pieces, len(train.sample_prompts))
+        return [Sample(prompt, text) for prompt, text in zip(train.sample_prompts, texts, strict=True)]
 
 
 def _leaves(prefix: str, section: Any) -> list[str]:

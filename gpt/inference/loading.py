@@ -1,0 +1,127 @@
+"""Weights and tokenizer from whatever a user points at: a run, one of its checkpoints, a Hugging Face folder or a hub id."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.compose import load_run
+from gpt.data.tokenizer import Tokenizer, load_tokenizer
+from gpt.errors import UserError
+from gpt.model.config import GPTConfig
+from gpt.model.huggingface import read_config
+from gpt.model.transformer import GPT
+from gpt.model.weight_files import find_checkpoint, read_json
+from gpt.typed import nearest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, and what belongs to it."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    end_ids: frozenset[int]
+    """Ids after which nothing follows: the tokenizer's end of text and what generation_config.json names."""
+    directory: Path
+    """Where the weights were read."""
+    run: Path | None
+    """The run directory that it comes from, if it comes from one."""
+
+
+def load_model(
+    path: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, allow_pickle: bool = False, key: str = "model"
+) -> Loaded:
+    """Load a model for use.
+
+    Args:
+        path: a run directory, its model/ folder, one of its checkpoints, or a Hugging Face directory or hub id.
+        device, dtype: of the parameters; dtype None: as they are stored.
+        allow_pickle: also read a checkpoint that there is only as a pickle.
+        key: what the user calls `path`, for messages.
+
+    Raises:
+        UserError: there is no model there, or it is of a kind we cannot hold exactly.
+    """
+    directory, run = _locate(path, allow_pickle, key)
+    if run and not (directory / "config.json").is_file():
+        return _from_checkpoint(run, directory, device, dtype, key)
+    try:
+        model = GPT.from_pretrained(directory, device, dtype, allow_pickle)
+    except ValueError as error:
+        raise UserError(f"{key}={path}: {error}") from error
+    tokenizer = load_tokenizer(directory)
+    return Loaded(model, tokenizer, frozenset(_end_ids(directory, tokenizer)), directory, run)
+
+
+def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tuple[GPTConfig, str]:
+    """The shape of a model, and where its tokenizer is, without its weights.
+
+    Args and raises: as `load_model`.
+    """
+    directory, run = _locate(path, allow_pickle, key)
+    if run and not (directory / "config.json").is_file():
+        return load_run(run).model, str((run / "tokenizer.json").resolve())
+    try:
+        return read_config(directory), str(directory.resolve())
+    except ValueError as error:
+        raise UserError(f"{key}={path}: {error}") from error
+
+
+def _locate(path: str, allow_pickle: bool, key: str) -> tuple[Path, Path | None]:
+    """The directory of the weights, which has a config.json or is a run's, and the run that it belongs to, if any."""
+    directory = Path(path).expanduser()
+    if not directory.exists() and (path.startswith(("/", ".", "~", "runs/")) or path.count("/") > 1):
+        siblings = [str(p) for p in directory.parent.iterdir()] if directory.parent.is_dir() else []
+        raise UserError(f"{key}={path}: there is no such directory{nearest(str(directory), siblings)}")
+    full = directory.absolute()  # of "." the name and the parents too
+    if (directory / "config.json").is_file():
+        return directory, full.parent if full.name == "model" and (full.parent / "config.yaml").is_file() else None
+    for run in (directory, full.parent.parent) if directory.exists() else ():
+        if (run / "config.yaml").is_file():
+            return (run / "model" if directory == run and (run / "model" / "config.json").is_file() else directory), run
+    try:
+        return find_checkpoint(path, allow_pickle), None
+    except ValueError as error:
+        raise UserError(f"{key}={path}: {error}") from error
+
+
+def _from_checkpoint(run: Path, directory: Path, device: torch.device | str, dtype: torch.dtype | None, key: str) -> Loaded:
+    """One checkpoint of a run, or the newest whole one."""
+    from gpt.training.checkpoint import find_damage, load_weights, newest_whole
+
+    def say(text: str) -> None:
+        print(f"gpt: {text}", file=sys.stderr)
+
+    if directory == run:
+        checkpoint = newest_whole(run / "checkpoints", say)
+        if checkpoint is None:
+            raise UserError(f"{key}={run}: the run has neither a model/ folder nor a whole checkpoint yet")
+        say(f"the run has not finished; using {checkpoint}")
+    elif damage := find_damage(directory):
+        raise UserError(f"{key}={directory}: {damage}")
+    else:
+        checkpoint = directory
+    model = GPT.materialise(load_run(run).model, device, dtype or torch.float32)
+    load_weights(checkpoint, model)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    return Loaded(model.eval(), tokenizer, frozenset(_end_ids(run, tokenizer)), checkpoint, run)
+
+
+def _end_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
+    found: set[Any] = set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}
+    if (token := tokenizer.special_tokens.get("eos_token")) is not None:
+        found |= {tokenizer.backend.token_to_id(token)}
+    for name in ("config.json", "generation_config.json"):
+        if not (directory / name).is_file():
+            continue
+        try:
+            ids = read_json(directory / name).get("eos_token_id")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        found |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+    return found

@@ -1,0 +1,116 @@
+"""`gpt export`: weights of a run to a Hugging Face directory, with a model card that says what they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from gpt.commands import ExportConfig
+from gpt.compose import load_run
+from gpt.config import RunConfig
+from gpt.data.shards import Index
+from gpt.errors import UserError
+from gpt.inference.loading import Loaded, load_model
+from gpt.training.metrics import read_metrics
+from gpt.training.report import Summary
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export(config: ExportConfig) -> int:
+    """Run `gpt export`. Returns the exit code.
+
+    Raises:
+        UserError: there are no such weights, or the output folder has something in it.
+    """
+    source = Path(config.run).expanduser()
+    loaded = load_model(config.run, allow_pickle=config.allow_pickle, key="run")
+    default = loaded.run / "export" if loaded.run else Path(f"{source.name}-export")
+    output = Path(config.output).expanduser() if config.output else default
+    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
+        raise UserError(f"output={output}: the folder is there and not empty; choose another, or overwrite=true")
+    dtype = _DTYPES.get(config.dtype)
+    if dtype == torch.float16 and (lost := _overflowing(loaded)):
+        raise UserError(f"dtype={config.dtype}: {lost} has values that it cannot hold; choose bfloat16 or float32")
+    try:
+        loaded.model.save_pretrained(output, tokenizer=loaded.tokenizer, dtype=dtype, card=_card(loaded))
+        if (settings := loaded.directory / "generation_config.json").is_file() and settings.parent != output:
+            shutil.copyfile(settings, output / "generation_config.json")
+    except ValueError as error:
+        raise UserError(f"output={output}: {error}") from error
+    except OSError as error:
+        raise UserError(f"output={output} could not be written ({error.strerror or error})") from error
+    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    stored = str(dtype or loaded.model.embeddings.tokens.weight.dtype).removeprefix("torch.")
+    print(f"{output}: {loaded.model.num_parameters() / 1e6:.2f}M parameters as {stored}, {size / 1e6:,.1f} MB, ", end="")
+    print(json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0])
+    print(f'use: transformers.AutoModelForCausalLM.from_pretrained("{output}"), or gpt generate model={output}', file=sys.stderr)
+    return 0
+
+
+def _overflowing(loaded: Loaded) -> str | None:
+    """The first parameter that float16 cannot hold."""
+    limit = torch.finfo(torch.float16).max
+    return next((name for name, p in loaded.model.named_parameters() if p.detach().abs().max() > limit), None)
+
+
+def _card(loaded: Loaded) -> str | None:
+    """The card that stands beside the weights already, or one made from the run and its checkpoint."""
+    if (card := loaded.directory / "README.md").is_file():
+        return card.read_text(encoding="utf-8")
+    if loaded.run is None:
+        return None
+    config = load_run(loaded.run)
+    state = json.loads((loaded.directory / "state.json").read_text(encoding="utf-8"))
+    losses = {line["step"]: line["val_loss"] for line in read_metrics(loaded.run / "metrics.jsonl") if "val_loss" in line}
+    summary = Summary(
+        title=f"{loaded.run.resolve().name}, step {state['step']}",
+        model=f"{loaded.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
+        steps=state["step"], tokens=state["tokens"], seconds=state["seconds"], tokens_per_second=0.0,
+        best_val_loss=losses.get(state["step"]), best_step=state["best_step"], val_bpb=None, gzip_bpb=None, xz_bpb=None,
+        skipped_steps=state["skipped_steps"], finished=False,
+    )  # fmt: skip
+    return model_card(config, summary)
+
+
+def model_card(config: RunConfig, summary: Summary, corpus: str = "") -> str:
+    """The text of a model card (README.md) in the form that the Hugging Face hub reads.
+
+    Paths are cut to their last part: a card is made to be given away.
+
+    Args:
+        config: the run.
+        summary: its figures; None in it stands for what was not measured.
+        corpus: how much text it was, for people.
+    """
+    import jinja2
+
+    from gpt import __version__
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    names = ", ".join(Path(path).name for path in config.data.paths)
+    model = config.model
+    shape = (
+        f"{model.n_layer} blocks of width {model.d_model}, {model.n_head} heads ({model.n_kv_head} for keys and values), "
+        f"feed-forward {model.d_ff} ({model.activation}), {model.positions} positions, {model.norm}"
+    )
+    return environment.get_template("model_card.md.jinja").render(
+        config=config, summary=summary, corpus=corpus, shape=shape, gpt_version=__version__, torch_version=torch.__version__,
+        data=f"text files ({names})" if names else "Python's standard library",
+        init=Path(config.init).name if config.init and Path(config.init).expanduser().exists() else config.init,
+    )  # fmt: skip
+
+
+def describe_corpus(index: Index) -> str:
+    """How much text a run trained on and how much it held out."""
+    return "; ".join(
+        f"{index.documents[split]:,} documents, {index.bytes[split] / 1e6:.1f} MB {name}"
+        for split, name in (("train", "to train on"), ("held_out", "held out"))
+    )
