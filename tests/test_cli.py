@@ -15,14 +15,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gpt.cli import main
-from gpt.compose import compose_generate, compose_run
-from gpt.config import GenerateConfig, RunConfig
+from gpt.commands import COMMANDS, GenerateConfig
+from gpt.compose import compose_run, compose_use
+from gpt.config import RunConfig
 from gpt.errors import UserError
 from gpt.typed import from_dict, schema_keys
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("gpt")  # of an installed package
 MODULE = [sys.executable, "-m", "gpt"]
-HELPS = [["--help"], ["pretrain", "--help"], ["generate", "--help"]]
+HELPS = [["--help"], *([command, "--help"] for command in COMMANDS)]
 
 # What was typed -> what the one line must say: the key, the value, and the nearest right name where there is one.
 BAD_INPUT = {
@@ -95,6 +96,22 @@ BAD_INPUT = {
     "generate model=x temperature=-1": ("temperature=-1", "at least 0"),
     "generate model=x top_p=1.1": ("top_p=1.1", "at most 1"),
     "generate model=x max_tokens=0": ("max_tokens=0", "at least 1"),
+    "generate model=x max_tokens=x": ("max_tokens=x", "a whole number or null"),
+    "generate model=x n=0": ("n=0", "at least 1"),
+    "generate model=x top_k=-1": ("top_k=-1", "at least 0"),
+    "generate model=x top_p=0": ("top_p=0", "greater than 0"),
+    "generate model=x min_p=1.5": ("min_p=1.5", "from 0 to 1"),
+    "generate model=x min_p=-0.1": ("min_p=-0.1", "from 0 to 1"),
+    "generate model=x repetition_penalty=0": ("repetition_penalty=0", "greater than 0"),
+    "generate model=x stop_ids=[a]": ("stop_ids", "a whole number"),
+    "generate model=x overflow=slid": ("overflow=slid", "slide?"),
+    "generate model=x quantize=int4": ("quantize=int4", "int8?"),
+    "generate model=x compile=ture": ("compile=ture", "auto, true, false"),
+    "generate model=x prompt=a prompts=[b]": ("prompts", "not both"),
+    "generate model=x interactive=true prompt=a": ("interactive=true", "leave out prompt"),
+    "generate model=x interactive=true prompts=[a]": ("interactive=true", "leave out prompt"),
+    "generate model=x interactive=true n=2": ("interactive=true", "leave out prompt"),
+    "generate model=x system=a": ("system", "interactive=true"),
     "generate model=x seed=-1": ("seed=-1", "from 0"),
     # impossible combinations
     "pretrain train.batch_tokens=1000": ("train.batch_tokens=1000", "model.context_length=256", "768 or 1024"),
@@ -121,6 +138,23 @@ BAD_INPUT = {
     "pretrain resume=": ("resume=", "auto, never"),
     "pretrain resume=atuo": ("resume=atuo", "auto?"),
     "generate prompt=x": ("model", "run directory"),
+    # evaluate
+    "evaluate data=stdlib": ("model", "run directory"),
+    "evaluate model=x": ("data", "data=text", "model=x"),
+    "evaluate model=x data=txt": ("data=txt", "text?"),
+    "evaluate model=x data=stdlib strid=3": ("strid=3", "stride?"),
+    "evaluate model=x data=stdlib model.n_layer=3": ("model.n_layer=3", "no such key"),
+    "evaluate model=x data=stdlib stride=-1": ("stride=-1", "at least 0"),
+    "evaluate model=x data=stdlib stride=30 context_length=20": ("stride=30", "at most context_length=20"),
+    "evaluate model=x data=stdlib batch=0": ("batch=0", "at least 1"),
+    "evaluate model=x data=stdlib part=heldout": ("part=heldout", "held_out?"),
+    "evaluate model=x data=stdlib quantize=int4": ("quantize=int4", "int8?"),
+    "evaluate model=x data=text": ("data.paths", "data=text"),
+    "evaluate model=x data=stdlib limit=3": ("limit=3", "tasks"),
+    "evaluate model=x data=stdlib tasks_dir=d": ("tasks_dir=d", "tasks=["),
+    "evaluate model=x tasks=[a] limit=0": ("limit=0", "at least 1"),
+    "evaluate model=x tasks=[a] stride=3": ("stride=3", "tasks"),
+    "evaluate model=x tasks=[a] data=text data.paths=[b.txt]": ("data.paths=[b.txt]", "tasks"),
     # commands and flags
     "pretain": ("pretain", "no such command", "pretrain?", "generate"),
     "chat --help": ("chat", "no such command", "generate"),
@@ -360,9 +394,9 @@ def test_text_arrives_word_for_word_through_a_process(text, tmp_path):
 
 @pytest.mark.parametrize("text", ODD_TEXTS, ids=repr)
 def test_odd_texts_arrive_word_for_word(text):
-    assert compose_generate(["model=x", f"prompt={text}"]).prompt == text
+    assert compose_use("generate", ["model=x", f"prompt={text}"]).prompt == text
     path = "x" if text.startswith("[") else text  # which makes it a list
-    assert compose_generate(["model=x", f"stop={path}"]).stop == [path]
+    assert compose_use("generate", ["model=x", f"stop={path}"]).stop == [path]
     config = compose_run("pretrain", ["data=text", f"data.paths={path}", f"run.dir={text}"])
     assert (config.data.paths, config.run.dir) == ([path], text)
     code, out, _ = call("generate", "model=x", f"prompt={text}", "--cfg")
@@ -385,13 +419,13 @@ def test_odd_texts_arrive_word_for_word(text):
     ],
 )
 def test_lists_of_texts(argument, expected):
-    assert compose_generate(["model=x", argument]).stop == expected
+    assert compose_use("generate", ["model=x", argument]).stop == expected
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text())
 def test_any_prompt_arrives_word_for_word(text):
-    assert compose_generate(["model=x", f"prompt={text}"]).prompt == text
+    assert compose_use("generate", ["model=x", f"prompt={text}"]).prompt == text
 
 
 @settings(max_examples=25, deadline=None)

@@ -42,8 +42,8 @@ def load_pretrained(
     """Load a checkpoint of a stock architecture, tensor by tensor, into a model that is allocated once.
 
     Names, shapes and dtypes of all tensors are checked before that. The peak of memory is the model and a part of one file.
-    On the CPU, weights stay mapped from the file where its dtype is ours and its layout a view of ours: do not change the file in place while
-    the model lives (`save_pretrained` does not, it replaces it).
+    On the CPU, weights stay mapped from the file where its dtype is ours and its layout a view of ours: do not change the file in
+    place while the model lives (`save_pretrained` does not, it replaces it).
 
     Args:
         cls: GPT or a subclass.
@@ -199,13 +199,18 @@ def save_pretrained(
     assert tied == config.tie_embeddings, f"tie_embeddings={config.tie_embeddings}, but the head is {'' if tied else 'not '}the embedding"
     ours["head.weight"] = model.head.weight
     token_dtype = ours["embeddings.tokens.weight"].dtype
-    ids = _token_ids(tokenizer, config.vocab_size)
+    if tokenizer is not None:
+        count = tokenizer.vocab_size if hasattr(tokenizer, "to_transformers") else len(tokenizer)
+        if count > config.vocab_size:
+            raise ValueError(f"the tokenizer has {count} ids and the model vocab_size={config.vocab_size}; they must be of one run")
+        if hasattr(tokenizer, "to_transformers"):
+            tokenizer = tokenizer.to_transformers(config.context_length)
+    # pad stands only in generation_config.json: in config.json it would make the stock classes' embedding of it untrainable.
+    ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: value for key, value in ids.items() if value is not None}
     dtype_name = str(dtype or token_dtype).removeprefix("torch.")
     values |= {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id")}
     values |= {"dtype": dtype_name, "torch_dtype": dtype_name}
-    if tokenizer is not None and hasattr(tokenizer, "to_transformers"):
-        tokenizer = tokenizer.to_transformers(config.context_length)
-
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give a directory to write the model into")
     directory.mkdir(parents=True, exist_ok=True)
@@ -219,6 +224,8 @@ def save_pretrained(
             (aside / "README.md").write_text(card, encoding="utf-8")
         _write_weights(model, ours, _shards(expected, ours, config, (dtype or token_dtype).itemsize), dtype, aside)
         _write_json(aside / "generation_config.json", ids)
+        for file in aside.glob("*.safetensors"):  # which come readable by their owner alone
+            shutil.copymode(aside / "generation_config.json", file)
         _write_json(aside / "config.json", values)
         _move_into_place(aside, directory)
     finally:
@@ -288,22 +295,6 @@ def _shards(expected: list[StoredTensor], ours: dict[str, Tensor], config: GPTCo
         shards[-1].append(stored)
         filled += size
     return shards
-
-
-def _token_ids(tokenizer: Any, vocab_size: int) -> dict[str, int]:
-    """bos, eos and pad ids, those that there are. pad stands only in generation_config.json: in config.json it would
-    make the stock classes' embedding of that token untrainable."""
-    if tokenizer is None:
-        return {}
-    if hasattr(tokenizer, "to_transformers"):
-        count, end = tokenizer.vocab_size, tokenizer.end_of_text
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
-    else:
-        count = len(tokenizer)
-        ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if count > vocab_size:
-        raise ValueError(f"the tokenizer has {count} ids and the model vocab_size={vocab_size}; they must be of one run")
-    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -247,3 +247,111 @@ def test_the_transformers_tokenizer_loads_from_its_folder(trained, tmp_path, std
     assert loaded.encode(text) == trained.encode(text)
     assert (loaded.eos_token_id, loaded.model_max_length) == (trained.end_of_text, 128)
     assert trained.end_of_text not in trained.encode(END_OF_TEXT)  # making it changed nothing here
+
+
+CHATML = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('Unknown role') }}{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class TestPrompts:
+    """What a tokenizer itself puts around a text: `encode_prompt` takes what comes before, never what comes after."""
+
+    def around(self, trained: Tokenizer, single: str) -> Tokenizer:
+        from tokenizers import processors
+
+        backend = HFTokenizer.from_str(trained.backend.to_str())
+        backend.add_special_tokens(["<|begin_of_text|>", "<|eot|>"])
+        names = [(name, backend.token_to_id(name)) for name in ("<|begin_of_text|>", "<|eot|>")]
+        template = processors.TemplateProcessing(single=single, special_tokens=names)
+        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])  # as in Llama 3
+        return Tokenizer(backend)
+
+    @pytest.mark.parametrize("text", ["def f(x):", "", " ", "\n", "é🙂", "<|begin_of_text|>", "a<|eot|>", "<|endoftext|>x"])
+    @pytest.mark.parametrize(
+        ("single", "before"),
+        [
+            ("$A", []),
+            ("<|begin_of_text|> $A", ["<|begin_of_text|>"]),
+            ("<|begin_of_text|> $A <|eot|>", ["<|begin_of_text|>"]),
+            ("$A <|eot|>", []),
+            ("<|eot|> <|begin_of_text|> $A <|eot|>", ["<|eot|>", "<|begin_of_text|>"]),
+        ],
+    )
+    def test_what_comes_before_a_text_and_nothing_after(self, trained, single, before, text):
+        tokenizer = self.around(trained, single)
+        assert tokenizer.encode_prompt(text) == [tokenizer.backend.token_to_id(name) for name in before] + tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text  # marks in a prompt are text
+        assert not {tokenizer.backend.token_to_id(name) for name in ("<|begin_of_text|>", "<|eot|>")} & {*tokenizer.encode(text)}
+
+    def test_a_tokenizer_that_adds_nothing(self, tokenizer, sentencepiece_tokenizer):
+        for one in (tokenizer, sentencepiece_tokenizer):
+            assert one.encode_prompt("a b") == one.encode("a b")
+            assert one.encode_prompt("") == []
+
+
+class TestChat:
+    CHAT = (
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "é🙂 <|im_end|> x"},
+        {"role": "assistant", "content": ""},
+    )
+
+    @pytest.fixture
+    def folder(self, trained: Tokenizer, tmp_path: Path) -> Path:
+        from transformers import PreTrainedTokenizerFast
+
+        backend = HFTokenizer.from_str(trained.backend.to_str())
+        backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>"])
+        names = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+        PreTrainedTokenizerFast(tokenizer_object=backend, **names, chat_template=CHATML).save_pretrained(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize("place", ["file of its own", "tokenizer_config.json", "list by name"])
+    def test_the_ids_are_those_of_transformers(self, folder, place):
+        import json
+
+        from transformers import AutoTokenizer
+
+        config = folder / "tokenizer_config.json"
+        if place != "file of its own":
+            (folder / "chat_template.jinja").unlink()
+            named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]
+            values = json.loads(config.read_text()) | {"chat_template": named if place == "list by name" else CHATML}
+            config.write_text(json.dumps(values))
+        assert ("chat_template" in json.loads(config.read_text())) == (place != "file of its own")
+        ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        assert ours.chat_template == CHATML
+        assert ours.special_tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+        for count in (1, 2, 3):
+            expected = theirs.apply_chat_template(list(self.CHAT[:count]), tokenize=True, add_generation_prompt=True, return_dict=False)
+            assert ours.encode_chat(self.CHAT[:count]) == expected
+        assert expected[0] == ours.backend.token_to_id("<s>")
+        assert ours.backend.token_to_id("<|im_end|>") not in ours.encode("<|im_end|>")  # a text's marks are text again
+
+    def test_what_the_template_refuses_is_one_sentence(self, folder):
+        with pytest.raises(UserError, match=r"^the tokenizer's chat template refuses the conversation: Unknown role$"):
+            load_tokenizer(folder).encode_chat([{"role": "tool", "content": "x"}])
+
+    def test_a_template_that_is_not_jinja(self, folder):
+        (folder / "chat_template.jinja").write_text("{% for message in %}")
+        with pytest.raises(UserError, match=r"^the tokenizer's chat template refuses the conversation: \S.*$"):
+            load_tokenizer(folder).encode_chat(self.CHAT)
+
+    def test_special_tokens_as_older_files_write_them_and_a_config_that_is_not_json(self, folder):
+        import json
+
+        config = folder / "tokenizer_config.json"
+        values = json.loads(config.read_text()) | {"bos_token": {"content": "<s>", "lstrip": False}, "pad_token": "<not there>"}
+        config.write_text(json.dumps(values))
+        assert load_tokenizer(folder).special_tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+        config.write_text("{nope")
+        with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON: .*; copy it again$"):
+            load_tokenizer(folder)
+
+    def test_without_one_there_is_none(self, trained, tmp_path):
+        trained.save(tmp_path / "tokenizer.json")
+        assert load_tokenizer(tmp_path).chat_template is None
