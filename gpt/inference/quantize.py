@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.errors import UserError
+from gpt.inference.packing import join_projections
 from gpt.model.transformer import GPT
 
 # torch's int8 kernel for bf16 rows does one row after another: fast as long as reading the weights is what takes the time.
@@ -44,8 +45,12 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         rows = x.flatten(0, -2)
-        if x.is_cpu and x.dtype == torch.bfloat16 and rows.shape[0] <= _FEW_ROWS and rows.shape[1] % _KERNEL_WIDTH == 0:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        if x.is_cpu and rows.shape[0] <= _FEW_ROWS and rows.shape[1] % _KERNEL_WIDTH == 0:
+            # The kernel is fast in bf16 only: fp32 rows are rounded to it, the scales are not.
+            native = x.dtype == torch.bfloat16
+            scale = self.scale if native else torch.ones(len(self.weight), dtype=torch.bfloat16)
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, scale)
+            y = y if native else y.to(x.dtype) * self.scale
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
@@ -60,6 +65,7 @@ def quantize_int8(model: GPT) -> None:
         UserError: torchao is not installed.
     """
     quantize_, config = _torchao()
+    join_projections(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

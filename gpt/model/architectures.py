@@ -164,11 +164,11 @@ class StoredTensor:
         return whole.t() if self.layout == "conv1d" and whole.dim() == 2 else whole
 
     def unpack(self, tensor: Tensor, n_head: int) -> list[Tensor]:
-        """The inverse of `pack`: views wherever they can be, and nothing that is slow to copy."""
+        """The inverse of `pack`: views, but of "by_head"."""
         if self.layout == "by_head":
             return [part.flatten(0, 1) for part in tensor.unflatten(0, (n_head, len(self.ours), -1)).unbind(1)]
         if self.layout == "conv1d" and tensor.dim() == 2:
-            return [part.contiguous().t() for part in tensor.chunk(len(self.ours), dim=1)]
+            return [part.t() for part in tensor.chunk(len(self.ours), dim=1)]
         return list(tensor.chunk(len(self.ours)))
 
 

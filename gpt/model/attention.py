@@ -166,6 +166,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(config.d_model, query_width, bias=qkv_bias)
         self.k = nn.Linear(config.d_model, kv_width, bias=qkv_bias)
         self.v = nn.Linear(config.d_model, kv_width, bias=qkv_bias)
+        self.widths = [query_width, kv_width, kv_width]
+        self.qkv: nn.Module | None = None  # the three in one, where `gpt.inference.packing` has joined them
         self.out = nn.Linear(query_width, config.d_model, bias=config.bias)
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
@@ -173,9 +175,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, T, E), rotary = (cos, sin) each (T, R) or (B, 1, T, R), mask of `KVCache.places` -> (B, T, E)."""
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k, v = (self.q(x), self.k(x), self.v(x)) if self.qkv is None else self.qkv(x).split(self.widths, dim=-1)
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         if self.q_norm is not None and self.k_norm is not None:
             # In the dtype of the norms' weights: fp32 in training, whatever the products are in.
             norm_dtype = self.q_norm.weight.dtype

@@ -94,8 +94,8 @@ def load_pretrained(
                 empty.pop(ours).data = part
             else:
                 parameter = empty.pop(ours)
-                # A transposed copy is fast only within one dtype.
-                parameter.copy_(part if part.is_contiguous() else part.to(parameter.dtype))
+                # A transposed copy is fast only of whole rows and within one dtype.
+                parameter.copy_(part if part.is_contiguous() else part.t().contiguous().t().to(parameter.dtype))
     for name, parameter in empty.items():
         assert name.endswith(".bias"), name
         parameter.zero_()  # the checkpoint has biases elsewhere, ours has them everywhere or nowhere

@@ -13,6 +13,7 @@ from torch import nn
 
 from gpt.errors import UserError
 from gpt.inference.decode import generate_tokens
+from gpt.inference.packing import join_projections
 from gpt.inference.quantize import Int8Linear, quantize_int8
 from gpt.model.transformer import GPT
 
@@ -31,6 +32,7 @@ def quantized(model: GPT) -> GPT:
 def test_every_weight_is_within_half_a_step_of_the_original(family, dtype):
     model = random_model(family, tie_embeddings=True).to(dtype)
     other = quantized(model)
+    join_projections(model)
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     found = {name: module for name, module in other.named_modules() if isinstance(module, Int8Linear)}
     assert found.keys() == linear.keys()
@@ -87,6 +89,7 @@ def test_few_rows_and_many_agree(shape, bias):
     torch.testing.assert_close(layer(x[:6].view(2, 3, width)).flatten(0, 1), many[:6], **close)
     torch.testing.assert_close(layer(x.view(4, 10, width)[:, -1]), many[9::10], **close)  # rows that do not lie together in memory
     torch.testing.assert_close(layer.float()(x.float()).double(), exact, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer(x[:3].float()).double(), exact[:3], **close)  # in bf16, as is the kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
