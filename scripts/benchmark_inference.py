@@ -92,7 +92,7 @@ def decode() -> None:
     with tempfile.TemporaryDirectory() as folder:
         _save_gpt2(Path(folder))
         for dtype in (torch.bfloat16, torch.float32):
-            processes = _in_processes("_decode_once", 7, folder, str(dtype)[6:])
+            processes = _in_processes("_decode_once", 5, folder, str(dtype)[6:])
             for batch in BATCHES:
                 print(f"\n### decode, GPT-2 124M, {str(dtype)[6:]}, batch {batch}, {PROMPT} + {NEW} tokens\n")
                 print("| | tokens/s | relative | in each process | share of the bandwidth |\n| --- | ---: | ---: | --- | ---: |")

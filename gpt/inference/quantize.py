@@ -71,7 +71,7 @@ def quantize_int8(model: GPT) -> None:
             if type(child) is nn.Linear:
                 # A copy of the module alone: quantize_ replaces its weight, which the embedding may share.
                 shell = nn.Sequential(nn.Linear(1, 1, bias=False, device="meta"))
-                shell[0].weight = nn.Parameter(child.weight.detach(), requires_grad=False)
+                shell[0].weight = nn.Parameter(child.weight.detach().contiguous(), requires_grad=False)
                 quantize_(shell, config())
                 found: Any = shell[0].weight
                 bias = None if child.bias is None else child.bias.detach()

@@ -50,6 +50,17 @@ def test_every_weight_is_within_half_a_step_of_the_original(family, dtype):
             assert torch.equal(module.bias, linear[name].bias)
 
 
+@torch.no_grad()
+def test_weights_that_are_views_of_their_file(tmp_path):
+    random_model("gpt2", d_model=64, d_ff=128).save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    assert not model.blocks[0].feedforward.up.weight.is_contiguous(), "GPT-2's matrices lie transposed"
+    tokens = torch.arange(5)[None]
+    expected = model(tokens)
+    quantize_int8(model)
+    torch.testing.assert_close(model(tokens), expected, atol=0.05 * expected.abs().max().item(), rtol=0)
+
+
 def test_the_head_is_untied_and_the_embedding_stays():
     model = random_model("gpt2", tie_embeddings=True)
     before = model.embeddings.tokens.weight.detach().clone()
