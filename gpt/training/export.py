@@ -15,6 +15,7 @@ from gpt.config import RunConfig
 from gpt.data.shards import Index
 from gpt.errors import UserError
 from gpt.inference.loading import Loaded, load_model
+from gpt.training.checkpoint import TrainingState
 from gpt.training.metrics import read_metrics
 from gpt.training.report import Summary
 
@@ -64,15 +65,20 @@ def _card(loaded: Loaded) -> str | None:
         return card.read_text(encoding="utf-8")
     if loaded.run is None:
         return None
-    config = load_run(loaded.run)
-    state = json.loads((loaded.directory / "state.json").read_text(encoding="utf-8"))
-    losses = {line["step"]: line["val_loss"] for line in read_metrics(loaded.run / "metrics.jsonl") if "val_loss" in line}
+    config, lines = load_run(loaded.run), read_metrics(loaded.run / "metrics.jsonl")
+    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    name = loaded.run.resolve().name
+    if (file := loaded.directory / "state.json").is_file():
+        state = TrainingState(**json.loads(file.read_text(encoding="utf-8")))
+        loss, name = losses.get(state.step), f"{name}, step {state.step}"
+    else:  # model/ of a run whose card was removed
+        state = TrainingState(step=max(losses, default=0), tokens=max((line.get("tokens", 0) for line in lines), default=0))
+        loss = min(losses.values(), default=None)
     summary = Summary(
-        title=f"{loaded.run.resolve().name}, step {state['step']}",
+        title=name,
         model=f"{loaded.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
-        steps=state["step"], tokens=state["tokens"], seconds=state["seconds"], tokens_per_second=0.0,
-        best_val_loss=losses.get(state["step"]), best_step=state["best_step"], val_bpb=None, gzip_bpb=None, xz_bpb=None,
-        skipped_steps=state["skipped_steps"], finished=False,
+        steps=state.step, tokens=state.tokens, seconds=state.seconds, tokens_per_second=0.0, best_val_loss=loss, best_step=None,
+        val_bpb=None, gzip_bpb=None, xz_bpb=None, skipped_steps=state.skipped_steps, finished=False,
     )  # fmt: skip
     return model_card(config, summary)
 

@@ -1,6 +1,7 @@
 """`gpt export`, the model card, and training that starts from weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_the_card_of_a_run(run, corpus):
     assert "trained from scratch" in card
     for shown in ("6 steps", "2 blocks of width 32", "muon", "seed | 1337"):
         assert shown in card
+
+
+def test_a_card_that_was_removed_is_made_again(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "model" / "README.md").unlink()
+    assert call(f"run={copy}", f"output={tmp_path / 'out'}") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert f"| {min(line['val_loss'] for line in lines if 'val_loss' in line):.3f} |" in card
+    assert "in 6 steps" in card
 
 
 def test_a_hugging_face_directory_keeps_its_generation_settings(tmp_path, monkeypatch):
