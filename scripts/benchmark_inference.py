@@ -112,12 +112,12 @@ def decode() -> None:
 def _decode_once(folder: str, dtype_name: str) -> dict[str, Rates]:
     dtype = getattr(torch, dtype_name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    models = {"ours": GPT.from_pretrained(folder, dtype=dtype), "ours, int8": GPT.from_pretrained(folder, dtype=dtype)}
-    quantize_int8(models["ours, int8"])
     found: dict[str, Rates] = {}
-    for model in models.values():
-        pack_for_inference(model)
     for batch in BATCHES:
+        models = {"ours": GPT.from_pretrained(folder, dtype=dtype), "ours, int8": GPT.from_pretrained(folder, dtype=dtype)}
+        quantize_int8(models["ours, int8"])
+        for model in models.values():
+            pack_for_inference(model, batch)
         candidates: dict[str, Callable[[], Rates]] = {f"transformers.generate {batch}": functools.partial(_theirs, theirs, batch)}
         candidates |= {f"{name} {batch}": functools.partial(_ours, model, batch) for name, model in models.items()}
         found |= _in_turn(candidates, runs=3)

@@ -44,7 +44,7 @@ def generate(config: GenerateConfig) -> int:
     max_tokens, note = _max_tokens(config, loaded, prompts)
     compiled = should_compile_decoding(config.compile, device, max_tokens)
     if not compiled:
-        pack_for_inference(loaded.model)
+        pack_for_inference(loaded.model, len(prompts) * config.n)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty, config.seed)
     end_ids = loaded.end_ids | frozenset(config.stop_ids)
     if config.interactive:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt.errors import UserError
+from gpt.inference.packing import one_row_products
 from gpt.inference.sampling import DEFAULT, Sampling, next_token, penalise, uniform_numbers
 from gpt.model.attention import KVCache
 from gpt.model.transformer import GPT
@@ -132,7 +133,7 @@ def _steps(
     config, device = model.config, model.embeddings.tokens.weight.device
     limit = config.context_length
     uniform = uniform_numbers(sampling, n, max_tokens, device).repeat(len(prompts), 1)  # (B, max_tokens)
-    step = compile_decoding(_next_logits) if compiled else _next_logits
+    step = compile_decoding(_next_logits) if compiled else _read_one
     seen = _mask(prompts, config.vocab_size, device).repeat_interleave(n, 0) if sampling.repetition_penalty != 1 else None
     texts = prompts
     made: list[Tensor] = []
@@ -183,6 +184,12 @@ def _read(model: GPT, texts: Sequence[Sequence[int]], size: int) -> tuple[KVCach
 def _next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     """Read tokens (B, T): fp32 logits (B, V) of what follows them."""
     return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
+
+
+def _read_one(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """`_next_logits` of one token (B, 1) a row."""
+    with one_row_products(model, len(tokens)):
+        return _next_logits(model, tokens, cache)
 
 
 def _mask(ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:

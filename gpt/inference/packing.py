@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -49,11 +52,18 @@ def join_projections(model: GPT) -> None:
             del attention.q, attention.k, attention.v
 
 
-def pack_for_inference(model: GPT) -> None:
-    """Replace the linear layers of a model on a CPU in place. It can then be read from, not trained or saved.
+@torch.no_grad()
+def pack_for_inference(model: GPT, rows: int = 1) -> None:
+    """Lay out the weights of a model on a CPU for decoding, in place. It can then be read from, not trained or saved.
 
-    Elsewhere, or where torch comes without oneDNN for the weights' dtype, nothing is done. Memory: the weights are moved, not
-    copied, but for a head that is the token embedding too.
+    For one row in bf16 that is, in the blocks, each output's weights in a row of their own, for torch's product of a matrix and a
+    vector (see `one_row_products`); for more rows, or in fp32, oneDNN's own layout. Either computes any number of rows. Elsewhere, or where
+    torch comes without oneDNN for the weights' dtype, nothing is done. The weights are moved, not copied, but for a head in
+    oneDNN's layout that is the token embedding too.
+
+    Args:
+        model: its linear layers are replaced.
+        rows: how many texts will be written at once.
     """
     weight = model.embeddings.tokens.weight
     if not (weight.is_cpu and torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16)):
@@ -61,15 +71,32 @@ def pack_for_inference(model: GPT) -> None:
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
     join_projections(model)
-    for module in model.modules():
-        if isinstance(module, FeedForward):
+    by_rows = rows == 1 and weight.dtype == torch.bfloat16
+    for module in list(model.modules()):
+        if isinstance(module, FeedForward) and not by_rows:
             name = "up" if module.gate is None else "gate"
             if type(linear := getattr(module, name)) is nn.Linear:
                 setattr(module, name, PackedLinear(linear, module.activation))
-                module.activation = nn.Identity()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child))
+                setattr(module, "activation", nn.Identity())  # noqa: B010 (its type is another)
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and by_rows and name != "head":  # in a matrix of that size oneDNN is the faster
+                child.weight.data = child.weight.contiguous()  # GPT-2's, from a file, lie transposed
+            elif type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child))
             elif isinstance(child, nn.Dropout):  # which does nothing here, but not in no time
-                setattr(parent, name, nn.Identity())
+                setattr(module, name, nn.Identity())
+
+
+@contextmanager
+def one_row_products(model: GPT, rows: int) -> Iterator[None]:
+    """Within the block, one row in bf16 on a CPU is multiplied without oneDNN, whose every call takes as long as a small product."""
+    up = model.blocks[0].get_submodule("feedforward.up")
+    if rows > 1 or not (isinstance(up, nn.Linear) and up.weight.is_cpu and up.weight.dtype == torch.bfloat16 and up.weight.is_contiguous()):
+        yield
+        return
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]

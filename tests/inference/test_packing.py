@@ -9,14 +9,15 @@ import torch
 from inference_models import SHAPES, VOCAB, random_model
 from torch import nn
 
-from gpt.inference.packing import PackedLinear, pack_for_inference
+from gpt.inference.decode import _read_one
+from gpt.inference.packing import PackedLinear, one_row_products, pack_for_inference
 from gpt.model.attention import KVCache
 from gpt.model.transformer import GPT
 
 
-def packed(model: GPT) -> GPT:
+def packed(model: GPT, rows: int = 2) -> GPT:
     model = copy.deepcopy(model)
-    pack_for_inference(model)
+    pack_for_inference(model, rows)
     return model
 
 
@@ -62,3 +63,39 @@ def test_the_embedding_that_the_head_shares_stays():
     model = packed(random_model("gpt2", tie_embeddings=True))
     assert isinstance(model.head, PackedLinear)
     assert model.embeddings.tokens.weight.shape == (VOCAB, 32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_one_row_in_bf16_without_onednn(shape):
+    model = random_model(shape, scale=0.1, d_model=64, d_ff=67).to(torch.bfloat16)
+    other = packed(model, rows=1)
+    tokens = torch.randint(VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
+    exact = copy.deepcopy(model).float()(tokens)[:, -1]
+    enabled = []
+    other.blocks[0].register_forward_hook(lambda *_: enabled.append(torch.backends.mkldnn.enabled))
+    cache = KVCache(model.config, 1, 9)
+    _read_one(other, tokens[:, :-1], cache)
+    logits = _read_one(other, tokens[:, -1:], cache)
+    assert enabled == [False, False]
+    assert torch.backends.mkldnn.enabled
+    assert (logits - exact).abs().max() <= 2**-5 * exact.abs().max()
+    with one_row_products(other, rows=2):
+        assert torch.backends.mkldnn.enabled
+    with one_row_products(packed(model), rows=1):
+        assert torch.backends.mkldnn.enabled, "oneDNN's layout is for oneDNN"
+    with pytest.raises(KeyError), one_row_products(other, rows=1):
+        raise KeyError
+    assert torch.backends.mkldnn.enabled
+
+
+@torch.no_grad()
+def test_weights_that_lie_transposed_in_their_file_are_turned(tmp_path):
+    random_model("gpt2").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    with one_row_products(model, rows=1):
+        assert torch.backends.mkldnn.enabled, "torch's own product of a transposed matrix is slow"
+    pack_for_inference(model)
+    assert all(p.is_contiguous() for p in model.parameters())
+    with one_row_products(model, rows=1):
+        assert not torch.backends.mkldnn.enabled
