@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_inference import decode, first_token, load
+from benchmark_inference import cache, decode, first_token, load
 
 from gpt.compose import compose_run
 from gpt.data.tokenizer import Tokenizer, train_bpe
@@ -160,7 +160,7 @@ def startup() -> None:
 
 BENCHMARKS = {
     "startup": startup, "attention": attention, "loss": loss, "step": step, "encoding": encoding,
-    "decode": decode, "first_token": first_token, "load": load,
+    "decode": decode, "cache": cache, "first_token": first_token, "load": load,
 }  # fmt: skip
 
 

@@ -124,6 +124,23 @@ def _decode_once(folder: str, dtype_name: str) -> dict[str, Rates]:
     return found | {"bandwidth": (0.0, _bandwidth(READ * dtype.itemsize))}
 
 
+def cache() -> None:
+    """Attention of one query over a key/value cache, 12 heads of 64, in each dtype."""
+    print("\n### attention of one query over a cache, 12 heads of 64, microseconds\n")
+    print("| | bf16 | fp32 |\n| --- | ---: | ---: |")
+    for batch, length in ((1, 128), (1, 512), (1, 1024), (16, 128)):
+        took: dict[torch.dtype, list[float]] = {torch.bfloat16: [], torch.float32: []}
+        for _ in range(60):
+            for dtype, times in took.items():
+                keys = torch.randn(batch, 12, 1024, 64).to(dtype)[:, :, :length]
+                query = torch.randn(batch, 12, 1, 64).to(dtype)
+                started = time.perf_counter()
+                torch.nn.functional.scaled_dot_product_attention(query, keys, keys)
+                times.append(time.perf_counter() - started)
+        medians = " | ".join(f"{statistics.median(times) * 1e6:,.0f}" for times in took.values())
+        print(f"| batch {batch}, {length} tokens | {medians} |")
+
+
 def first_token() -> None:
     """Seconds until the first token of a 512-token prompt."""
     with tempfile.TemporaryDirectory() as folder:

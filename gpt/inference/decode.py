@@ -174,7 +174,7 @@ def _read(model: GPT, texts: Sequence[Sequence[int]], size: int) -> tuple[KVCach
     lengths = [len(text) for text in texts]
     longest = max(lengths)
     padding = torch.tensor([longest - length for length in lengths], device=weight.device) if min(lengths) < longest else None
-    # Attention of one query over bf16 takes a CPU several times as long as over fp32 (benchmarks/RESULTS.md, "attention").
+    # Attention of one query over bf16 takes a CPU several times as long as over fp32 (benchmarks/RESULTS.md, "cache").
     dtype = torch.float32 if weight.is_cpu else weight.dtype
     cache = KVCache(model.config, len(texts), size, weight.device, dtype, padding)
     tokens = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=weight.device)  # (B, T)

@@ -1,7 +1,7 @@
 """Weights as 8-bit integers with one scale per row, for models that only compute.
 
-torchao chooses the integers and the scales. The product is ours on a CPU: torchao's own turns the integers back into floats at
-every call there, which takes longer than not quantising at all (benchmarks/RESULTS.md, "decode").
+torchao chooses the integers and the scales. The product of few rows is ours: torchao's own turns all the integers back into floats
+at every call, which costs more than reading half as many bytes saves.
 """
 
 from __future__ import annotations
