@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt.errors import UserError
-from gpt.inference.packing import one_row_products
+from gpt.inference.packing import is_packed_by_rows, without_onednn
 from gpt.inference.sampling import DEFAULT, Sampling, next_token, penalise, uniform_numbers
 from gpt.model.attention import KVCache
 from gpt.model.transformer import GPT
@@ -133,7 +133,9 @@ def _steps(
     config, device = model.config, model.embeddings.tokens.weight.device
     limit = config.context_length
     uniform = uniform_numbers(sampling, n, max_tokens, device).repeat(len(prompts), 1)  # (B, max_tokens)
-    step = compile_decoding(_next_logits) if compiled else _read_one
+    step = compile_decoding(_next_logits) if compiled else _next_logits
+    if not compiled and len(prompts) * n == 1 and is_packed_by_rows(model):
+        step = _next_logits_of_one_row
     seen = _mask(prompts, config.vocab_size, device).repeat_interleave(n, 0) if sampling.repetition_penalty != 1 else None
     texts = prompts
     made: list[Tensor] = []
@@ -151,7 +153,7 @@ def _steps(
             logits = logits.repeat_interleave(n, 0)
         if compiled:
             cache.fix_shapes()
-            keep_in_place([*cache.keys, *cache.values])
+            keep_in_place(cache.buffers())
         for _ in range(limit + 1 - longest):
             if seen is not None:
                 logits = penalise(logits, sampling.repetition_penalty, seen)
@@ -186,9 +188,9 @@ def _next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
 
 
-def _read_one(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """`_next_logits` of one token (B, 1) a row."""
-    with one_row_products(model, len(tokens)):
+def _next_logits_of_one_row(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """`_next_logits` of one token (1, 1), for weights that are packed by rows."""
+    with without_onednn():
         return _next_logits(model, tokens, cache)
 
 

@@ -20,16 +20,21 @@ class PackedLinear(nn.Module):
 
     Args:
         linear: what it replaces; its weight (out, in) is copied.
-        activation: what follows it, computed in the same pass.
+        activation: what follows it, GELU or SiLU, computed in the same pass.
     """
 
-    def __init__(self, linear: nn.Linear, activation: nn.GELU | nn.SiLU | None = None) -> None:
+    def __init__(self, linear: nn.Linear, activation: nn.Module | None = None) -> None:
         super().__init__()
         # What torch.compile itself uses for frozen weights; there is no public name for it.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 1)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        gelu = isinstance(activation, nn.GELU)
-        self.post = ("gelu" if gelu else "none" if activation is None else "swish", [], activation.approximate if gelu else "")
+        self.post: tuple[str, list[float], str] = ("none", [], "")
+        if isinstance(activation, nn.GELU):
+            self.post = ("gelu", [], activation.approximate)
+        elif isinstance(activation, nn.SiLU):
+            self.post = ("swish", [], "")
+        else:
+            assert activation is None, activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -56,8 +61,8 @@ def join_projections(model: GPT) -> None:
 def pack_for_inference(model: GPT, rows: int = 1) -> None:
     """Lay out the weights of a model on a CPU for decoding, in place. It can then be read from, not trained or saved.
 
-    For one row in bf16 that is, in the blocks, each output's weights in a row of their own, for torch's product of a matrix and a
-    vector (see `one_row_products`); for more rows, or in fp32, oneDNN's own layout. Either computes any number of rows. Elsewhere, or where
+    For one row in bf16 every output's weights lie in a row of their own, for torch's product of a matrix and a vector (see
+    `without_onednn`); for more rows, or in fp32, in oneDNN's own layout. Either computes any number of rows. Elsewhere, or where
     torch comes without oneDNN for the weights' dtype, nothing is done. The weights are moved, not copied, but for a head in
     oneDNN's layout that is the token embedding too.
 
@@ -77,9 +82,9 @@ def pack_for_inference(model: GPT, rows: int = 1) -> None:
             name = "up" if module.gate is None else "gate"
             if type(linear := getattr(module, name)) is nn.Linear:
                 setattr(module, name, PackedLinear(linear, module.activation))
-                setattr(module, "activation", nn.Identity())  # noqa: B010 (its type is another)
+                module.activation = nn.Identity()
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and by_rows and name != "head":  # in a matrix of that size oneDNN is the faster
+            if type(child) is nn.Linear and by_rows:
                 child.weight.data = child.weight.contiguous()  # GPT-2's, from a file, lie transposed
             elif type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child))
@@ -87,13 +92,20 @@ def pack_for_inference(model: GPT, rows: int = 1) -> None:
                 setattr(module, name, nn.Identity())
 
 
+def is_packed_by_rows(model: GPT) -> bool:
+    """Whether every matrix is as `pack_for_inference` lays it out for one row in bf16."""
+    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, PackedLinear))]
+    return bool(linears) and all(
+        type(linear) is nn.Linear and linear.weight.is_cpu and linear.weight.dtype == torch.bfloat16 and linear.weight.is_contiguous()
+        for linear in linears
+    )
+
+
 @contextmanager
-def one_row_products(model: GPT, rows: int) -> Iterator[None]:
-    """Within the block, one row in bf16 on a CPU is multiplied without oneDNN, whose every call takes as long as a small product."""
-    up = model.blocks[0].get_submodule("feedforward.up")
-    if rows > 1 or not (isinstance(up, nn.Linear) and up.weight.is_cpu and up.weight.dtype == torch.bfloat16 and up.weight.is_contiguous()):
-        yield
-        return
+def without_onednn() -> Iterator[None]:
+    """Within the block torch multiplies by its own kernels: for one row in bf16 they read the weights faster than oneDNN's, whose
+    every call takes as long as a small product.
+    """
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -58,6 +58,10 @@ class KVCache:
         """From here on, single tokens only, in steps of one shape."""
         self._place = torch.tensor([self.length], device=self.keys[0].device)
 
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that a step writes to."""
+        return [*self.keys, *self.values, *([] if self._place is None else [self._place])]
+
     def repeat(self, n: int) -> None:
         """Make n rows of each, next to one another."""
         self.keys = [k.repeat_interleave(n, dim=0) for k in self.keys]

@@ -15,7 +15,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if config.activation == "swiglu" else None
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
-        self.activation = nn.SiLU() if self.gate is not None else nn.GELU("none" if config.activation == "gelu" else "tanh")
+        self.activation: nn.Module = nn.SiLU() if self.gate is not None else nn.GELU("none" if config.activation == "gelu" else "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, d_model) -> (B, T, d_model)."""
