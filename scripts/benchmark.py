@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from benchmark_inference import cache, decode, first_token, load
 
 from gpt.compose import compose_run
-from gpt.data.tokenizer import Tokenizer, train_bpe
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import train_bpe
 from gpt.model.attention import _plain_causal_attention
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
@@ -56,42 +57,47 @@ def table(title: str, rows: dict[str, float], scale: float = 1e3, unit: str = "m
 def attention() -> None:
     """Forward and backward of causal attention in the default model's shape."""
     for B, T, H, D in ((16, 256, 3, 64), (8, 512, 3, 64), (4, 1024, 3, 64)):
-        q, k, v = (torch.randn(B, T, H, D, device=DEVICE.type, dtype=DEVICE.dtype).transpose(1, 2).requires_grad_() for _ in range(3))
-        gradient = torch.randn(B, H, T, D, device=DEVICE.type, dtype=DEVICE.dtype)
-        plain = torch.compile(_plain_causal_attention, dynamic=False)
-        rows = in_turn(
-            {
-                "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient),  # noqa: B023
-                "two products around a softmax": lambda: _plain_causal_attention(q, k, v).backward(gradient),  # noqa: B023
-                "the same, compiled": lambda: plain(q, k, v).backward(gradient),  # noqa: B023
-            }
-        )
-        table(f"attention, B {B}, T {T}, {H} heads of {D}, forward + backward", rows)
+        table(f"attention, B {B}, T {T}, {H} heads of {D}, forward + backward", in_turn(_attentions(B, T, H, D)))
+
+
+def _attentions(B: int, T: int, H: int, D: int) -> dict[str, Callable[[], object]]:
+    q, k, v = (torch.randn(B, T, H, D, device=DEVICE.type, dtype=DEVICE.dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+    gradient = torch.randn(B, H, T, D, device=DEVICE.type, dtype=DEVICE.dtype)
+    plain = torch.compile(_plain_causal_attention, dynamic=False)
+    return {
+        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient),
+        "two products around a softmax": lambda: _plain_causal_attention(q, k, v).backward(gradient),
+        "the same, compiled": lambda: plain(q, k, v).backward(gradient),
+    }
 
 
 def loss() -> None:
     """Forward and backward of the loss."""
     for N, E, V in ((4096, 192, 2048), (4096, 384, 8192)):
-        hidden = torch.randn(N, E, device=DEVICE.type, requires_grad=True)
-        weight = (torch.randn(V, E, device=DEVICE.type) * 0.02).requires_grad_()
-        targets = torch.randint(V, (N,), device=DEVICE.type)
-        ours, compiled = LinearCrossEntropy(DEVICE.dtype), LinearCrossEntropy(DEVICE.dtype)
-        compiled.compile_softmax(dynamic=False)
+        table(f"loss, N {N}, d {E}, V {V}, forward + backward", in_turn(_losses(N, E, V)))
 
-        def plain() -> None:
-            with DEVICE.autocast():
-                logits = F.linear(hidden, weight)  # noqa: B023
-            F.cross_entropy(logits.float(), targets, reduction="sum").backward()  # noqa: B023
 
-        candidates = {
-            "linear, cross_entropy": plain,
-            "ours, eager": lambda: ours(hidden, weight, targets).backward(),  # noqa: B023
-            "ours, softmax compiled": lambda: compiled(hidden, weight, targets).backward(),  # noqa: B023
-        }
-        if (fused := getattr(F, "linear_cross_entropy", None)) is not None:
-            low = hidden.detach().to(DEVICE.dtype).requires_grad_(), weight.detach().to(DEVICE.dtype).requires_grad_()
-            candidates["torch's linear_cross_entropy"] = lambda fused=fused: fused(*low, targets, reduction="sum").backward()  # noqa: B023
-        table(f"loss, N {N}, d {E}, V {V}, forward + backward", in_turn(candidates))
+def _losses(N: int, E: int, V: int) -> dict[str, Callable[[], object]]:
+    hidden = torch.randn(N, E, device=DEVICE.type, requires_grad=True)
+    weight = (torch.randn(V, E, device=DEVICE.type) * 0.02).requires_grad_()
+    targets = torch.randint(V, (N,), device=DEVICE.type)
+    ours, compiled = LinearCrossEntropy(DEVICE.dtype), LinearCrossEntropy(DEVICE.dtype)
+    compiled.compile_softmax(dynamic=False)
+
+    def plain() -> None:
+        with DEVICE.autocast():
+            logits = F.linear(hidden, weight)
+        F.cross_entropy(logits.float(), targets, reduction="sum").backward()
+
+    candidates: dict[str, Callable[[], object]] = {
+        "linear, cross_entropy": plain,
+        "ours, eager": lambda: ours(hidden, weight, targets).backward(),
+        "ours, softmax compiled": lambda: compiled(hidden, weight, targets).backward(),
+    }
+    if (fused := getattr(F, "linear_cross_entropy", None)) is not None:
+        low = hidden.detach().to(DEVICE.dtype).requires_grad_(), weight.detach().to(DEVICE.dtype).requires_grad_()
+        candidates["torch's linear_cross_entropy"] = lambda: fused(*low, targets, reduction="sum").backward()
+    return candidates
 
 
 def step() -> None:

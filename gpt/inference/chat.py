@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -57,8 +58,8 @@ class Chat:
         """Talk until the input ends. Returns the exit code."""
         kind = "" if self.tokenizer.chat_template else "The tokenizer has no chat template: what you write is continued. "
         print(f"{kind}{_HELP}", file=sys.stderr)
-        with contextlib.suppress(ImportError):  # line editing; Windows has none
-            import readline  # noqa: F401
+        with contextlib.suppress(ImportError):  # Windows has none
+            importlib.import_module("readline")  # importing it is what makes `input` edit lines
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # so that a line which is no text is refused alone
         while True:

@@ -6,6 +6,7 @@ import inspect
 import sys
 import textwrap
 import time
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from gpt.commands import GenerateConfig
 from gpt.errors import UserError
 from gpt.inference.chat import Chat
 from gpt.inference.decode import Speed
-from gpt.inference.generate import generate_text
+from gpt.inference.generate import generate_text, whole_texts
 from gpt.inference.loading import Loaded, load_model
 from gpt.inference.packing import pack_for_inference
 from gpt.inference.quantize import quantize_int8
@@ -42,7 +43,9 @@ def generate(config: GenerateConfig) -> int:
     if config.quantize == "int8":
         _quantize(loaded)
     max_tokens, note = _max_tokens(config, loaded, prompts)
-    compiled = should_compile_decoding(config.compile, device, max_tokens)
+    compiled, why = should_compile_decoding(config.compile, device, max_tokens)
+    if config.compile is True and not compiled:
+        _say(f"compile=true: {why}")
     if not compiled:
         pack_for_inference(loaded.model, len(prompts) * config.n)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty, config.seed)
@@ -64,18 +67,19 @@ def generate(config: GenerateConfig) -> int:
             _write(piece)
         _write("\n")
     else:
-        texts = [""] * rows
-        for row, piece in pieces:
-            texts[row] += piece
-            if sys.stderr.isatty():
-                print(f"\r{rows} texts, {speed.tokens + rows} tokens", end="", file=sys.stderr, flush=True)
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        for row, text in enumerate(texts):
+        for row, text in enumerate(whole_texts(_counted(pieces, rows, speed) if sys.stderr.isatty() else pieces, rows)):
             _write(f"--- {row + 1} of {rows}\n{prompts[row // config.n]}{text}\n")
     if config.verbose:
         _say(speed.described())
     return 0
+
+
+def _counted(pieces: Iterable[tuple[int, str]], rows: int, speed: Speed) -> Iterator[tuple[int, str]]:
+    """The pieces as they are, while a line of the terminal tells how many tokens there are."""
+    for piece in pieces:
+        print(f"\r{rows} texts, {speed.tokens + rows} tokens", end="", file=sys.stderr, flush=True)
+        yield piece
+    print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _max_tokens(config: GenerateConfig, loaded: Loaded, prompts: list[str]) -> tuple[int, str]:
@@ -95,8 +99,11 @@ def _max_tokens(config: GenerateConfig, loaded: Loaded, prompts: list[str]) -> t
 
 @torch.no_grad()
 def _quantize(loaded: Loaded) -> None:
-    """Quantise, and say what it costs on a text that is everywhere the same."""
+    """Quantise, and say what it costs on a text that every Python has, if not every Python the same."""
     ids = loaded.tokenizer.encode(inspect.getsource(textwrap))[: min(512, loaded.model.config.context_length)]
+    if len(ids) < 2:  # the context is one token, after which nothing is predicted
+        quantize_int8(loaded.model)
+        return
     tokens = torch.tensor([ids], device=loaded.model.embeddings.tokens.weight.device)
 
     def loss() -> float:

@@ -72,9 +72,9 @@ def _encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> tuple[list[int
     """A prompt's ids, the ids of which the first new one must be (none: any), and how many characters of that one the prompt has."""
     if not isinstance(prompt, str):
         return list(prompt), [], 0
-    ids = tokenizer.encode_prompt(prompt)
     if len(prompt) > 1 and prompt[-1] == " " != prompt[-2] and (first := tokenizer.starting_with_space()):
         return tokenizer.encode_prompt(prompt[:-1]), first, 1
+    ids = tokenizer.encode_prompt(prompt)
     if not ids:
         if tokenizer.end_of_text is None:
             raise UserError("prompt: it is empty, and the tokenizer has no token that starts a document")

@@ -59,12 +59,12 @@ def join_projections(model: GPT) -> None:
 
 @torch.no_grad()
 def pack_for_inference(model: GPT, rows: int = 1) -> None:
-    """Lay out the weights of a model on a CPU for decoding, in place. It can then be read from, not trained or saved.
+    """Lay out the weights of a model on a CPU for decoding, in place. It can then compute, but not be trained or saved.
 
-    For one row in bf16 every output's weights lie in a row of their own, for torch's product of a matrix and a vector (see
-    `without_onednn`); for more rows, or in fp32, in oneDNN's own layout. Either computes any number of rows. Elsewhere, or where
-    torch comes without oneDNN for the weights' dtype, nothing is done. The weights are moved, not copied, but for a head in
-    oneDNN's layout that is the token embedding too.
+    For one row in bf16 the weights of each output lie in a row of their own, for torch's product of a matrix and a vector (see
+    `without_onednn`). For more rows, and in fp32, they lie in oneDNN's own layout. Either layout computes any number of rows.
+    Nothing is done on another device, for another dtype, or where oneDNN cannot multiply the weights' dtype. The weights are
+    moved, not copied; only a head that is the token embedding too is copied into oneDNN's layout.
 
     Args:
         model: its linear layers are replaced.
@@ -103,8 +103,9 @@ def is_packed_by_rows(model: GPT) -> bool:
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Within the block torch multiplies by its own kernels: for one row in bf16 they read the weights faster than oneDNN's, whose
-    every call takes as long as a small product.
+    """Multiply by torch's own kernels within the block.
+
+    For one row in bf16 they read the weights faster than oneDNN's, whose every call takes as long as a small product.
     """
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]

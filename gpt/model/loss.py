@@ -8,7 +8,7 @@ made chunk by chunk while the chunk is in the cache; backward only scales them. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class LinearCrossEntropy(nn.Module):
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             with torch.autocast(hidden.device.type, enabled=False):
-                return _Function.apply(hidden, weight, targets, self.dtype, self.chunk, self.softmax)  # type: ignore[return-value]
+                return cast(Tensor, _Function.apply(hidden, weight, targets, self.dtype, self.chunk, self.softmax))
         nll = hidden.new_zeros((), dtype=torch.float32)
         narrow = weight.to(self.dtype)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -105,7 +105,8 @@ def read_headers(directory: Path, allow_pickle: bool = False) -> list[TensorHead
             continue
         try:
             with safe_open(file, framework="pt") as opened:
-                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+                names = opened.keys()
+                slices = {name: opened.get_slice(name) for name in names}
                 headers += [TensorHeader(file, key, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()]
         except SafetensorError as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}); copy it again") from error

@@ -21,6 +21,7 @@ from gpt.runtime.device import Device
 
 # Compiling takes about 15 s on a cold cache and saves a third of the time of what follows.
 _PAYS_AFTER_SECONDS = 60
+_PAYS_AFTER_TOKENS = 256  # for the step that makes one token, on a GPU
 _ASSUMED_FLOPS = {"cpu": 2.5e11, "cuda": 2e14}  # eager, of a machine that is neither slow nor fast
 
 # What torch.compile may ask of a C++ compiler on x86.
@@ -61,12 +62,14 @@ class CompileAhead:
         device: where the run is.
         config: the model's; a `vocab_size` that turns out to be another only means that the loss is compiled later.
         micro_batch: sequences per pass.
+        length: tokens of each.
+        documents: whether rows hold several documents, none of which sees another.
     """
 
-    def __init__(self, device: Device, config: GPTConfig, micro_batch: int) -> None:
+    def __init__(self, device: Device, config: GPTConfig, micro_batch: int, length: int, documents: bool) -> None:
         self._problem: str | None = None
         # Not daemons: Python aborts when it ends under one that is in torch's C++ code. `gpt.cli.run` does not wait for them.
-        self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch))
+        self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch, length, documents))
         self._thread.start()
 
     def done(self) -> bool:
@@ -78,7 +81,7 @@ class CompileAhead:
         self._thread.join()
         return self._problem
 
-    def _compile(self, device: Device, config: GPTConfig, micro_batch: int) -> None:
+    def _compile(self, device: Device, config: GPTConfig, micro_batch: int, length: int, documents: bool) -> None:
         try:
             if device.type == "cpu":
                 _skip_vector_probes()
@@ -88,9 +91,9 @@ class CompileAhead:
                 torch.nn.init.constant_(p, 0.01)
             loss = LinearCrossEntropy(device.dtype)
             compile_model(model, loss)
-            tokens = torch.zeros(micro_batch, config.context_length, dtype=torch.int64, device=device.type)
+            tokens = torch.zeros(micro_batch, length, dtype=torch.int64, device=device.type)
             with device.autocast():
-                hidden = model.hidden_states(tokens)
+                hidden = model.hidden_states(tokens, documents=tokens if documents else None)
             loss(hidden, model.head.weight, tokens).backward()
         except Exception as error:  # whatever a compiler may do, the run can go on without it
             self._problem = " ".join(str(error).split())[:200]
@@ -131,15 +134,23 @@ def keep_in_place(tensors: Iterable[Tensor]) -> None:
         torch._dynamo.mark_static_address(tensor, guard=False)
 
 
-def should_compile_decoding(setting: Literal["auto"] | bool, device: Device, tokens: int) -> bool:
-    """Whether compiling the step that makes one token pays: not on a CPU, where the packed weights are as fast without.
+def should_compile_decoding(setting: Literal["auto"] | bool, device: Device, tokens: int) -> tuple[bool, str]:
+    """Whether to compile the step that makes one token, and the reason in words.
 
     Args:
         setting: the config's `compile`.
         device: where.
         tokens: how many steps there will be.
     """
-    return setting if setting != "auto" else device.type != "cpu" and tokens >= 256 and device.compile_obstacle() is None
+    if setting is False:
+        return False, "compile=false"
+    if setting == "auto" and device.type == "cpu":
+        return False, "not compiled: on a CPU the packed weights are as fast without"
+    if obstacle := device.compile_obstacle():
+        return False, f"not compiled: {obstacle}"
+    if setting == "auto" and tokens < _PAYS_AFTER_TOKENS:
+        return False, "not compiled: the text is too short for it to pay"
+    return True, "compile=true" if setting is True else "compiled"
 
 
 def _skip_vector_probes() -> None:

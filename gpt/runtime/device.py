@@ -45,6 +45,11 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.type, self.dtype)
 
+    @property
+    def pins_memory(self) -> bool:
+        """Whether copies to it are faster from pinned memory, and may go on while it computes."""
+        return self.type == "cuda"
+
     def synchronize(self) -> None:
         """Wait for the device; a CPU has nothing to wait for."""
         if self.type != "cpu":

@@ -132,7 +132,10 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 50)
     (tmp_path / "latin.txt").write_bytes("un caf\xe9 ".encode("latin-1") * 2000)
     (tmp_path / "words.txt").write_text("one two three " * 2000)
-    text = lambda name: f"data.paths=[{tmp_path / name}]"  # noqa: E731
+
+    def text(name: str) -> str:
+        return f"data.paths=[{tmp_path / name}]"
+
     return {
         "empty folder": ([text("empty")], "has no files"),
         "nothing but blanks": ([text("blank.txt")], "there is no text"),

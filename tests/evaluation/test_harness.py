@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gpt.commands import EvaluateConfig
-from gpt.data.tokenizer import Tokenizer, byte_tokenizer
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.command import evaluate
 from gpt.evaluation.harness import adapter, find_tasks, loglikelihoods, run_tasks
@@ -86,7 +87,7 @@ def that_begins_texts() -> Tokenizer:
 
     tokenizer = byte_tokenizer()
     tokenizer.backend.add_special_tokens(["<s>"])
-    tokenizer.backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])  # pyright: ignore
+    tokenizer.backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
     tokenizer.special_tokens = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     return tokenizer
 

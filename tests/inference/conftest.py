@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from inference_models import chat_tokenizer, random_model
 
-from gpt.data.tokenizer import byte_tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from gpt.compose import compose_run
-from gpt.data.tokenizer import Tokenizer, byte_tokenizer
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.inference.decode import generate_tokens
 from gpt.inference.sampling import Sampling
 from gpt.model.config import GPTConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from inference_models import alone, chat_tokenizer, random_model
 
-from gpt.data.tokenizer import byte_tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.inference.chat import Chat
 from gpt.inference.loading import load_model

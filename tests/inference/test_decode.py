@@ -9,7 +9,7 @@ import pytest
 import torch
 from inference_models import GREEDY, SHAPES, VOCAB, alone, prompt_of, random_model, rows_of, scripted
 
-from gpt.data.tokenizer import byte_tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.inference.decode import Speed, generate_tokens
 from gpt.inference.sampling import Sampling, next_token, penalise, uniform_numbers

@@ -10,7 +10,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from inference_models import GREEDY, alone, random_model, scripted
 
-from gpt.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer, train_bpe
 from gpt.errors import UserError
 from gpt.inference.generate import generate_text, whole_texts
 from gpt.inference.sampling import Sampling

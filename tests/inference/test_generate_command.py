@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from inference_models import GREEDY, make_run
+from inference_models import GREEDY, make_run, random_model
 
 from gpt.commands import GenerateConfig
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.inference.command import generate
 from gpt.inference.generate import generate_text, whole_texts
 from gpt.inference.loading import load_model
 from gpt.inference.sampling import Sampling
+from gpt.runtime.device import Device
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +71,45 @@ def test_int8_says_what_it_costs(plain_folder, tmp_path):
         assert said, err
         assert float(said[2]) - float(said[1]) == pytest.approx(float(said[3]), abs=2e-4)
         assert abs(float(said[3])) < 0.5
+
+
+def test_int8_says_nothing_of_a_loss_where_there_is_none(tmp_path, capsys):
+    pytest.importorskip("torchao")
+    model = random_model("gpt2", vocab_size=257, context_length=1)
+    model.save_pretrained(tmp_path, byte_tokenizer())
+    settings = {"quantize": "int8", "overflow": "slide", "max_tokens": 3, "temperature": 0, "device": "cpu", "precision": "fp32"}
+    assert generate(GenerateConfig(model=str(tmp_path), prompt="a", **settings)) == 0
+    written = capsys.readouterr()
+    assert written.out.startswith("a")
+    assert "int8" not in written.err
+
+
+@pytest.mark.parametrize("compiled", [True, "auto"])
+def test_without_a_compiler_the_text_is_written_all_the_same(compiled, plain_folder, monkeypatch, capsys):
+    monkeypatch.setattr(Device, "compile_obstacle", lambda self: "there is no C++ compiler")
+    settings = {"temperature": 0, "max_tokens": 10, "device": "cpu", "precision": "fp32"}
+    assert generate(GenerateConfig(model=str(plain_folder), prompt="ab", compile=compiled, **settings)) == 0
+    written = capsys.readouterr()
+    assert written.out == "ab" + continued(plain_folder, ["ab"], 10)[0] + "\n"
+    assert written.err == ("gpt: compile=true: not compiled: there is no C++ compiler\n" if compiled is True else "")
+
+
+def test_several_texts_are_counted_on_a_terminal_and_there_alone(plain_folder, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    config = GenerateConfig(model=str(plain_folder), prompts=["ab", "c"], max_tokens=10, temperature=0, device="cpu", precision="fp32")
+    assert generate(config) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == ""
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert generate(config) == 0
+    assert capsys.readouterr().out == quiet.out
+    counts = [int(n) for n in re.findall(r"\r2 texts, (\d+) tokens", terminal.getvalue())]
+    assert counts == sorted(counts)
+    assert counts[-1] <= 20
+    assert terminal.getvalue().endswith("tokens\r\033[K")
 
 
 def test_too_many_tokens_are_refused_or_slide(plain_folder, tmp_path):

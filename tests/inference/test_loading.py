@@ -10,7 +10,7 @@ import pytest
 import torch
 from inference_models import make_run
 
-from gpt.data.tokenizer import byte_tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.inference.loading import load_model
 

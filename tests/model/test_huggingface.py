@@ -301,12 +301,12 @@ def test_a_save_that_is_killed_never_leaves_one_models_config_with_anothers_weig
         shutil.copytree(saved["qwen2"], directory)
         count = 0
 
-        def step(name, *args, **kwargs):
+        def step(name, *args, stops_at=stops_at, **kwargs):
             nonlocal count
             if ".unfinished" in str(args[0]) and name == "unlink":
                 return real[name](*args, **kwargs)  # not part of moving: what clears away
             count += 1
-            if count > stops_at:  # noqa: B023 (called within this turn)
+            if count > stops_at:
                 raise DiskFullError
             return real[name](*args, **kwargs)
 

@@ -1,3 +1,5 @@
+"""When compiling pays, and what is said where it cannot be."""
+
 import os
 import subprocess
 import sys
@@ -5,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from gpt.runtime.compiling import should_compile
+from gpt.runtime.compiling import should_compile, should_compile_decoding
 from gpt.runtime.device import Device
 
 CPU = Device("cpu", "CPU", torch.float32, None)
+GPU = Device("cuda", "GPU", torch.bfloat16, None)
 
 
 @pytest.fixture
@@ -36,6 +39,28 @@ def test_auto_compiles_what_is_long_enough(setting, length, compiled):
 def test_an_obstacle_is_named(monkeypatch):
     monkeypatch.setattr(Device, "compile_obstacle", lambda self: "there is no C++ compiler")
     assert should_compile(True, CPU) == (False, "not compiled: there is no C++ compiler, so the run is slower")
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "tokens", "compiled"),
+    [
+        ("auto", CPU, 10_000, False),
+        ("auto", GPU, 255, False),
+        ("auto", GPU, 256, True),
+        (False, GPU, 10_000, False),
+        (True, CPU, 1, True),
+        (True, GPU, 1, True),
+    ],
+)
+@pytest.mark.usefixtures("no_obstacle")
+def test_auto_compiles_the_step_of_long_texts_on_a_gpu(setting, device, tokens, compiled):
+    assert should_compile_decoding(setting, device, tokens)[0] is compiled
+
+
+@pytest.mark.parametrize("setting", [True, "auto"])
+def test_an_obstacle_to_compiling_the_step_is_named(setting, monkeypatch):
+    monkeypatch.setattr(Device, "compile_obstacle", lambda self: "there is no C++ compiler")
+    assert should_compile_decoding(setting, GPU, 10_000) == (False, "not compiled: there is no C++ compiler")
 
 
 @pytest.mark.slow
