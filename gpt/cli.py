@@ -7,6 +7,7 @@ Nothing here imports torch, so help and config errors come at once. Exit codes: 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import os
 import sys
@@ -19,6 +20,17 @@ from gpt import __version__
 from gpt.commands import COMMANDS
 from gpt.errors import UserError
 
+# Where each command is carried out: imported when it is, since most need torch.
+_RUNS = {
+    "pretrain": "gpt.launch:launch",
+    "finetune": "gpt.launch:launch",
+    "generate": "gpt.inference.command:generate",
+    "evaluate": "gpt.evaluation.command:evaluate",
+    "export": "gpt.training.export:export",
+    "prepare": "gpt.data.command:prepare",
+    "inspect": "gpt.inspection.command:inspect",
+    "inspect tokens": "gpt.inspection.command:inspect_tokens",
+}
 FLAGS = ("--help", "--cfg", "--config-dir", "--version")
 
 
@@ -68,6 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     wants_help = "-h" in arguments or "--help" in arguments
     command, *rest = [a for a in arguments if a not in ("-h", "--help")] or [""]
+    if rest and f"{command} {rest[0]}" in COMMANDS:
+        command = f"{command} {rest.pop(0)}"
     if not command and len(arguments) == wants_help:
         print(help_text.overview())
         return 0
@@ -78,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
             raise UserError(f"{command}: no such flag{nearest_and_all(command, FLAGS)}")
         raise UserError(f"{command or repr('')}: no such command{nearest_and_all(command, COMMANDS)}")
     rest, config_dir, show = _options(rest)
-    if config_dir and command not in ("pretrain", "evaluate"):
+    if config_dir and not COMMANDS[command].root:
         raise UserError(f"--config-dir {config_dir}: gpt {command} has no config groups")
     if wants_help:
         print(help_text.command(command, config_dir))
@@ -111,22 +125,17 @@ def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
 
 def _run_command(command: str, arguments: list[str], config_dir: Path | None, show: bool) -> int:
     from gpt.compose import compose_run, compose_use
+    from gpt.config import RunConfig
 
-    config: Any = (compose_run if command == "pretrain" else compose_use)(command, arguments, config_dir)
+    trains = COMMANDS[command].config is RunConfig
+    config: Any = (compose_run if trains else compose_use)(command, arguments, config_dir)
     if show:
         import yaml
 
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
-    if command == "pretrain":
-        from gpt.launch import launch as run_it
-    elif command == "generate":
-        from gpt.inference.command import generate as run_it
-    elif command == "evaluate":
-        from gpt.evaluation.command import evaluate as run_it
-    else:
-        from gpt.training.export import export as run_it
-    return run_it(config)
+    module, _, function = _RUNS[command].partition(":")
+    return getattr(importlib.import_module(module), function)(config)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpt.config import DataConfig, RunConfig, at_least, check_seed, validate_data
+from gpt.config import DeviceName, Precision, RunConfig, at_least, check_seed
+from gpt.data.config import DataConfig, LossOn, TokenizerConfig, holds_examples, validate_data, validate_text, validate_tokenizer
 from gpt.errors import UserError
 from gpt.typed import shown
 
@@ -19,9 +20,9 @@ class ModelUse:
 
     model: str = ""
     """A run directory, its model/ folder, or a Hugging Face directory or hub id of a supported architecture."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: DeviceName = "auto"
     """Where to compute."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Of the weights and their products; auto: bf16 where the chip multiplies it."""
     quantize: Literal["none", "int8"] = "none"
     """int8: the matrices as 8-bit integers with a scale per row (torchao, weight-only); half the memory of bf16."""
@@ -101,6 +102,11 @@ class EvaluateConfig(ModelUse):
     """One call of `gpt evaluate`."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    examples: Literal["auto", True, False] = "auto"
+    """Whether the data's rows are examples to score as in fine-tuning, the completion or the answers alone; auto: if the model's own run
+    was so trained, or the source holds nothing else."""
+    loss_on: LossOn = "auto"
+    """Of examples: what is scored; auto: the completion, the assistant's turns, or all of a text."""
     part: Literal["auto", "all", "held_out"] = "auto"
     """Of the data: all, or the share that a run with this data.holdout does not train on. auto: all of the data that is named
     here; with none named, what the model's own run held out."""
@@ -142,6 +148,19 @@ class EvaluateConfig(ModelUse):
         if self.tasks_dir is not None and not self.tasks:
             raise UserError(f"tasks_dir={self.tasks_dir}: name the tasks to run, tasks=[...]")
         validate_data(self.data)
+        if not self.tasks and self.on_examples:
+            for name in ("stride", "max_tokens"):
+                if getattr(self, name):
+                    raise UserError(f"{name}={getattr(self, name)} is of text, and these are examples; leave it out, or set examples=false")
+        elif not self.tasks:
+            validate_text(self.data)
+            if self.loss_on not in ("auto", "all"):
+                raise UserError(f"loss_on={self.loss_on} is of examples; add examples=true, or leave it out")
+
+    @property
+    def on_examples(self) -> bool:
+        """Whether rows are scored as examples, not as text."""
+        return self.examples is not False and holds_examples(self.data, self.examples is True)
 
 
 @dataclass
@@ -167,17 +186,115 @@ class ExportConfig:
             raise UserError("run: what to export? Give a run directory, e.g. run=runs/<id>")
 
 
+@dataclass
+class PrepareConfig:
+    """One call of `gpt prepare`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    context_length: int = 256
+    """Tokens that a row of a batch will have; both sides of the split must hold as many. Examples are cut at it."""
+    finetune: bool = False
+    """For gpt finetune: rows are examples, not text."""
+    loss_on: LossOn = "auto"
+    """finetune: what of an example is learned; auto: the completion, the assistant's turns, or all of a text."""
+    inspect: str | None = None
+    """Instead: check a folder of prepared tokens, print its statistics and some of its documents."""
+    samples: int = 3
+    """inspect: how many documents to print."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        at_least("context_length", self.context_length, 1)
+        at_least("samples", self.samples, 0)
+        if self.inspect is None:
+            validate_data(self.data)
+            validate_tokenizer(self.tokenizer)
+            if self.data.streaming:
+                raise UserError("data.streaming=true: a stream is cut into ids while training, nothing is prepared; leave it out")
+
+
+@dataclass
+class InspectConfig:
+    """One call of `gpt inspect`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: str | None = None
+    """A run directory or a Hugging Face directory or hub id whose tokenizer is taken."""
+    context_length: int = 256
+    """Tokens of a row."""
+    examples: Literal["auto", True, False] = "auto"
+    """Whether rows are examples to fine-tune on; auto: unless the source is plain text."""
+    loss_on: LossOn = "auto"
+    """What of an example is learned; auto: the completion, the assistant's turns, or all of a text."""
+    n: int = 3
+    """Rows of the batch to show."""
+    step: int = 0
+    """Which batch."""
+    seed: int = 1337
+    """Of the order of the data."""
+    output: str = "inspect.html"
+    """The page to write; empty: none."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        for name, low in (("context_length", 2), ("n", 1), ("step", 0)):
+            at_least(name, getattr(self, name), low)
+        check_seed(self.seed)
+        validate_data(self.data)
+        validate_tokenizer(self.tokenizer)
+
+
+@dataclass
+class InspectTokensConfig:
+    """One call of `gpt inspect tokens`."""
+
+    text: str = ""
+    """What to cut into tokens; empty: what comes in on stdin."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: str | None = None
+    """A run directory or a Hugging Face directory or hub id whose tokenizer and positions are taken."""
+    positions: Literal["auto", "learned", "sinusoidal", "rotary"] = "auto"
+    """Which positional encoding to draw; auto: the model's, else sinusoidal."""
+    d_model: int = 64
+    """Dimensions of the encoding, where no model tells."""
+    length: int = 64
+    """Positions to draw, at least as many as there are tokens."""
+    output: str = "tokens.html"
+    """The page to write; empty: none."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        for name, low in (("d_model", 2), ("length", 1)):
+            at_least(name, getattr(self, name), low)
+        if self.d_model % 2:
+            raise UserError(f"d_model={self.d_model} must be even: dimensions come in pairs of a sine and a cosine")
+        validate_tokenizer(self.tokenizer)
+
+
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does, in a line, and the schema of its settings."""
+    """One command.
+
+    Attributes:
+        what: it does, in a line.
+        config: the schema of its settings.
+        root: the file in `configs/` that lists its groups; empty: it has none.
+    """
 
     what: str
     config: type
+    root: str = ""
 
 
 COMMANDS = {
-    "pretrain": Command("train a model from scratch; with no argument, a small one on Python's standard library", RunConfig),
+    "pretrain": Command("train a model from scratch; with no argument, a small one on Python's standard library", RunConfig, "config"),
+    "finetune": Command("train a model further, on prompts and completions, chats or text", RunConfig, "finetune"),
     "generate": Command("continue a prompt with a trained model, or chat with it", GenerateConfig),
-    "evaluate": Command("loss, perplexity and bits per byte of a model on text, or its scores on tasks", EvaluateConfig),
+    "evaluate": Command("loss, perplexity and bits per byte of a model on text, or its scores on tasks", EvaluateConfig, "evaluate"),
     "export": Command("write a run's weights as a Hugging Face directory", ExportConfig),
+    "prepare": Command("cut a corpus into token ids ahead of time, or look into one that is", PrepareConfig, "prepare"),
+    "inspect": Command("look at batches as a model sees them, in the terminal and on a page", InspectConfig, "inspect"),
+    "inspect tokens": Command("how a text is cut into tokens, and its positional encoding", InspectTokensConfig, "inspect_tokens"),
 }

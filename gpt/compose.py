@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from gpt.commands import COMMANDS, EvaluateConfig
-from gpt.config import DataConfig, RunConfig, TokenizerConfig
+from gpt.config import RunConfig
+from gpt.data.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_keys
 
@@ -56,10 +57,17 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
     if (run / "config.yaml").is_file():
         config = _resumed(run, chosen, settings, keys)
     else:
-        config = from_dict(RunConfig, _hydra_compose(config_dir, chosen, settings))
+        config = from_dict(RunConfig, _hydra_compose(config_dir, chosen, settings, RunConfig, COMMANDS[command].root))
+        config.command = typing.cast(Any, command)
         if config.init:
             _take_shape(config, [*chosen, *settings])
-    config.command = typing.cast(Any, command)
+        elif command == "finetune":
+            raise UserError(
+                "init: finetune starts from weights; give a run, a Hugging Face directory or a hub id, e.g. init=runs/<id> "
+                "(gpt pretrain starts from none)"
+            )
+    if config.command != command:
+        raise UserError(f"resume={settings['resume']}: that run was started by gpt {config.command}; continue it so")
     config.validate()
     return config
 
@@ -87,7 +95,7 @@ def _take_shape(config: RunConfig, named: Sequence[str]) -> None:
 
 
 def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None = None) -> Any:
-    """The settings of a command that uses a model (generate, evaluate, export) from `key=value` arguments.
+    """The settings of a command that trains nothing from `key=value` arguments.
 
     Raises:
         UserError: the first thing wrong.
@@ -97,25 +105,33 @@ def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None 
     options = {group: names for group, names in groups(config_dir).items() if dataclasses.is_dataclass(keys.get(group))}
     settings = dict(_read(argument, keys, options) for argument in arguments)
     chosen = {name: settings.pop(name) for name in list(settings) if name in options}
-    values = _hydra_compose(config_dir, chosen, settings, schema, command) if options else settings
+    values = _hydra_compose(config_dir, chosen, settings, schema, COMMANDS[command].root) if options else settings
     config = from_dict(schema, values)
     if isinstance(config, EvaluateConfig) and not any(name.partition(".")[0] == "data" for name in (*chosen, *settings)):
-        config.data, config.part = _own_data(config, config.part)
+        _take_own_data(config)
     config.validate()
     return config
 
 
-def _own_data(config: EvaluateConfig, part: Any) -> tuple[DataConfig, Any]:
-    """What the model's own run trained on, for an evaluation that names no data: what it held out, unless all is asked for."""
+def _take_own_data(config: EvaluateConfig) -> None:
+    """For an evaluation that names no data: what the model's own run trained on; what it held out of that, unless all is asked for."""
     path = Path(config.model).expanduser()
     run = next((p for p in (path, path.parent, path.parent.parent) if (p / "config.yaml").is_file()), path)  # its model, a checkpoint
-    if config.model and not config.tasks and not (run / "config.yaml").is_file():
+    has_run = (run / "config.yaml").is_file()
+    if config.model and not config.tasks and not has_run:
         raise UserError(
             "data: measured on what? Name it, e.g. data=text data.paths=[book.txt] or data=stdlib; "
             f"model={config.model} is {'not of a run' if path.exists() else 'no directory here'}, whose own held-out text would be taken"
         )
-    data = load_run(run).data if (run / "config.yaml").is_file() and not config.tasks else config.data
-    return data, "held_out" if part == "auto" else part
+    if has_run and not config.tasks:
+        own = load_run(run)
+        config.data = own.data
+        if own.on_examples:
+            config.examples = True
+            config.loss_on = own.loss_on if config.loss_on == "auto" else config.loss_on
+            config.context_length = config.context_length or own.sequence_length
+    if config.part == "auto":
+        config.part = "held_out"
 
 
 def load_run(directory: Path) -> RunConfig:
@@ -193,15 +209,15 @@ def _value(key: str, text: str, hint: Any) -> Any:
     except (HydraException, ValueError, RecursionError) as error:
         if not is_list:
             return text  # the check of its type will say what it must be
-        raise UserError(f"{key}={text}: cannot be read as a list; it is written ['first text', 'second text']") from error
+        sections = dataclasses.is_dataclass(get_args(hint)[0])
+        written = "[{name: value, name: value}, {name: value}]" if sections else "['first text', 'second text']"
+        raise UserError(f"{key}={text}: cannot be read as a list; it is written {written}") from error
     if override.is_sweep_override():
         raise UserError(f"{key}={text}: must be one value; start a run for each")
     return override.value()
 
 
-def _hydra_compose(
-    overlay: Path | None, chosen: dict[str, Any], settings: dict[str, Any], schema: type = RunConfig, root: str = "config"
-) -> dict[str, Any]:
+def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[str, Any], schema: type, root: str) -> dict[str, Any]:
     """The groups that the file `root` lists, composed by Hydra, with single keys set on top."""
     import yaml
     from hydra import compose, initialize_config_dir
@@ -240,6 +256,8 @@ def _escaped(value: Any) -> Any:
     """A value that OmegaConf reads back as it is, `${` and all."""
     if isinstance(value, list):
         return [_escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
@@ -250,7 +268,7 @@ def _defaults(cls: type) -> dict[str, Any]:
         if dataclasses.is_dataclass(hints[f.name]):
             values[f.name] = _defaults(typing.cast(type, hints[f.name]))
         else:
-            values[f.name] = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
+            values[f.name] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     return values
 
 

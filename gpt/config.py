@@ -14,9 +14,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gpt.data.config import (
+    DataConfig,
+    LossOn,
+    TokenizerConfig,
+    holds_examples,
+    validate_data,
+    validate_examples,
+    validate_text,
+    validate_tokenizer,
+)
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.typed import nearest, shown
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass
@@ -27,34 +40,6 @@ class RunSection:
     """Name of the run. Empty: `<command>-<time>-<4 letters>`."""
     dir: str = "runs"
     """Folder that holds run directories."""
-
-
-@dataclass
-class TokenizerConfig:
-    """How text becomes ids."""
-
-    name: Literal["bpe", "byte", "pretrained"] = "bpe"
-    """Byte-level BPE trained on the corpus, one id a byte, or one that exists."""
-    vocab_size: int = 2048
-    """Ids to train (bpe)."""
-    path: str | None = None
-    """Folder, tokenizer.json or hub id of a pretrained tokenizer."""
-
-
-@dataclass
-class DataConfig:
-    """What to train on."""
-
-    source: Literal["stdlib", "text"] = "stdlib"
-    """The running Python's own standard library, or text files."""
-    paths: list[str] = field(default_factory=list)
-    """Files, folders (every file below) and globs, for source=text."""
-    holdout: float = 0.05
-    """Share of the text that is held out for validation."""
-    on_error: Literal["raise", "skip"] = "skip"
-    """A binary file or invalid UTF-8: stop, or leave the file out (binary) and replace the bytes (UTF-8), counted."""
-    cache_dir: str = "~/.cache/gpt"
-    """Where tokenised text is kept between runs."""
 
 
 @dataclass
@@ -101,6 +86,8 @@ class TrainConfig:
     """How long to train: `500steps`, `10Mtokens`, `2epochs` or wall time, `90s`, `3min`, `2h`."""
     batch_tokens: int = 4096
     """Tokens per optimizer step, whatever the machine."""
+    sequence_length: int = 0
+    """Tokens of a row of the batch; 0: as many as the model reads, model.context_length, but at most 1024 in finetune."""
     micro_batch: Literal["auto"] | int = "auto"
     """Sequences per forward pass; gradients are accumulated up to batch_tokens."""
     grad_clip: float = 1.0
@@ -118,7 +105,7 @@ class TrainConfig:
     overfit: bool = False
     """Train on the first batch only, again and again: the loss must go to 0, or something is broken."""
     sample_prompts: list[str] = field(default_factory=lambda: ["import ", "def read(", "class Error("])
-    """At the end the model continues each of these."""
+    """At the end the model continues each of these; [] takes beginnings of held-out texts, or prompts of held-out examples."""
     sample_tokens: int = 120
     """Tokens per sample."""
 
@@ -137,7 +124,7 @@ class CheckpointConfig:
 class DeviceConfig:
     """The machine to compute on."""
 
-    name: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    name: DeviceName = "auto"
     """auto takes the accelerator that torch finds, else the CPU."""
     threads: int = 0
     """CPU threads; 0: as many as torch takes by itself."""
@@ -179,11 +166,11 @@ class LaunchConfig:
 class RunConfig:
     """A training run, whole."""
 
-    command: Literal["pretrain"] = "pretrain"
+    command: Literal["pretrain", "finetune"] = "pretrain"
     """What the run does."""
     seed: int = 1337
     """Of the initial weights, the order of the data and dropout."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Of the matrix products; weights and sums are fp32. auto: bf16 where the chip multiplies it."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile block by block; auto: where it pays within the run."""
@@ -191,6 +178,8 @@ class RunConfig:
     """Start from these weights, in their shape and with their tokenizer: a run directory, a Hugging Face directory or hub id."""
     allow_pickle: bool = False
     """Read an init that is only there as pytorch_model.bin; nothing in it is run."""
+    loss_on: LossOn = "auto"
+    """finetune: what of an example is learned; auto: the completion, the assistant's turns, or all of a text."""
     resume: str = "auto"
     """auto: continue the newest whole checkpoint of this run.id; never: refuse an existing run; or a run directory."""
     run: RunSection = field(default_factory=RunSection)
@@ -206,6 +195,17 @@ class RunConfig:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row of the batch, T."""
+        longest = self.model.context_length
+        return self.train.sequence_length or (min(longest, 1024) if self.command == "finetune" else longest)
+
+    @property
+    def on_examples(self) -> bool:
+        """Whether it trains on examples rather than on text."""
+        return holds_examples(self.data, self.command == "finetune")
 
     def validate(self) -> None:
         """Check what types cannot.
@@ -275,8 +275,13 @@ def _validate(c: RunConfig) -> None:
         ("optimizer.weight_decay", c.optimizer.weight_decay, 0), ("schedule.warmup", c.schedule.warmup, 0),
     ):  # fmt: skip
         at_least(key, value, low)
+    at_least("train.sequence_length", c.train.sequence_length, 0)
+    if c.train.sequence_length > c.model.context_length:
+        raise UserError(
+            f"train.sequence_length={c.train.sequence_length} is more than the model reads: model.context_length={c.model.context_length}"
+        )
     for name in ("eval_tokens", "final_eval_tokens"):
-        at_least(f"train.{name}", getattr(c.train, name), c.model.context_length, ", one model.context_length")
+        at_least(f"train.{name}", getattr(c.train, name), c.sequence_length, f", one {_length_key(c)}")
     for name in ("lr", "adam_lr", "eps"):
         if not getattr(c.optimizer, name) > 0:
             raise UserError(f"optimizer.{name}={shown(getattr(c.optimizer, name))} must be greater than 0")
@@ -302,30 +307,19 @@ def _validate(c: RunConfig) -> None:
             raise UserError(f"resume={shown(c.resume)} is not a run directory: it has no config.yaml; give one such as runs/<id>")
 
 
-def validate_data(data: DataConfig) -> None:
-    """Raises UserError for settings of a source that cannot be."""
-    if not 0 < data.holdout < 1:
-        raise UserError(f"data.holdout={shown(data.holdout)} must be greater than 0 and less than 1")
-    if data.source == "text" and not all(data.paths or [""]):
-        raise UserError(f"data.paths={shown(data.paths)}: data=text needs files, folders or globs, e.g. data.paths=[book.txt]")
-    if data.source == "stdlib" and data.paths:
-        raise UserError(f"data.paths={shown(data.paths)} is not read by data=stdlib; add data=text, or take the paths out")
-
-
 def _validate_text(c: RunConfig) -> None:
     """What is read, and how it becomes ids."""
     validate_data(c.data)
-    if c.tokenizer.name == "pretrained" and not c.tokenizer.path:
-        raise UserError("tokenizer.path=null: tokenizer=pretrained needs a folder, a tokenizer.json or a hub id")
-    if c.tokenizer.name != "pretrained" and c.tokenizer.path:
-        raise UserError(
-            f"tokenizer.path={shown(c.tokenizer.path)} is not read by tokenizer={c.tokenizer.name}; "
-            "add tokenizer=pretrained, or tokenizer.path=null"
-        )
-    if c.tokenizer.name == "bpe":
-        at_least("tokenizer.vocab_size", c.tokenizer.vocab_size, 257)
+    if c.on_examples and c.command == "finetune":
+        validate_examples(c.data)
+    else:
+        validate_text(c.data)
+        if c.loss_on not in ("auto", "all"):
+            raise UserError(f"loss_on={c.loss_on} is of examples to fine-tune on, and this is text; leave it out")
+    validate_tokenizer(c.tokenizer)
     ids, whose = {
         "bpe": (c.tokenizer.vocab_size, f"tokenizer.vocab_size={c.tokenizer.vocab_size}"),
+        "char": (257, "the 257 ids that tokenizer=char has at least"),
         "byte": (257, "the 257 ids of tokenizer=byte"),
         "pretrained": (0, ""),
     }[c.tokenizer.name]
@@ -336,11 +330,11 @@ def _validate_text(c: RunConfig) -> None:
 def _validate_batch(c: RunConfig) -> None:
     """Batches are whole sequences, passes whole parts of a batch."""
     at_least("train.batch_tokens", c.train.batch_tokens, 1)
-    length = c.model.context_length
+    length = c.sequence_length
     sequences, rest = divmod(c.train.batch_tokens, length)
     if rest:
         near = " or ".join(str(n * length) for n in (sequences, sequences + 1) if n)
-        raise UserError(f"train.batch_tokens={c.train.batch_tokens} is not a multiple of model.context_length={length} (nearest: {near})")
+        raise UserError(f"train.batch_tokens={c.train.batch_tokens} is not a multiple of {_length_key(c)}={length} (nearest: {near})")
     micro = c.train.micro_batch
     if micro != "auto":
         at_least("train.micro_batch", micro, 1)
@@ -348,8 +342,13 @@ def _validate_batch(c: RunConfig) -> None:
             near = min((d for d in range(1, min(sequences, 4096) + 1) if sequences % d == 0), key=lambda d: abs(d - micro))
             raise UserError(
                 f"train.micro_batch={micro} does not divide the {sequences} sequences of a batch "
-                f"(train.batch_tokens / model.context_length; nearest: {near})"
+                f"(train.batch_tokens / {_length_key(c)}; nearest: {near})"
             )
+
+
+def _length_key(c: RunConfig) -> str:
+    """The key that sets the length of a row."""
+    return "model.context_length" if c.sequence_length == c.model.context_length else "train.sequence_length"
 
 
 def _validate_length(c: RunConfig) -> None:

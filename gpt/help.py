@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import inspect
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from gpt import commands, config
 from gpt.commands import COMMANDS
 from gpt.compose import config_directory, groups
 from gpt.config import RunConfig
-from gpt.model import config as model_config
 
 WIDTH = 118
 
@@ -26,9 +27,15 @@ EXAMPLES = {
         ("gpt pretrain experiment=quick device=cpu", "half a minute, to see every part work"),
         ("gpt pretrain resume=runs/<id>", "continue a run that was stopped"),
     ],
+    "finetune": [
+        ("gpt finetune init=runs/<id>", "teach it to write the first line of docstrings"),
+        ("gpt finetune init=<folder> data=jsonl data.paths=[chats.jsonl]", "rows of {prompt, completion}, {messages} or {text}"),
+        ("gpt finetune init=<folder> data=jsonl data.paths=[qa.jsonl] data.fields.prompt=question", "with fields of other names"),
+        ("gpt finetune init=runs/<id> data=stdlib_topics", "on plain text of another kind"),
+    ],
     "generate": [
         ('gpt generate model=runs/<id> prompt="import " max_tokens=200 temperature=0.8 top_k=50', "continue a prompt"),
-        ('gpt generate model=runs/<id> "prompts=[import , class ]" n=3', "three continuations of each"),
+        ("gpt generate model=runs/<id> \"prompts=['import ', 'class ']\" n=3", "three continuations of each"),
         ("gpt generate model=<folder> interactive=true", "chat in the terminal"),
         ("gpt generate model=<folder> quantize=int8 verbose=true", "8-bit weights; print the speeds"),
     ],
@@ -41,12 +48,26 @@ EXAMPLES = {
         ("gpt export run=runs/<id>", "the best weights, into runs/<id>/export"),
         ("gpt export run=runs/<id>/checkpoints/step-00001000 dtype=bfloat16 output=my-model", "one checkpoint, in bfloat16"),
     ],
+    "prepare": [
+        ("gpt prepare data=text data.paths=[corpus/] tokenizer.vocab_size=8192", "a tokenizer and token shards, for later runs"),
+        ("gpt prepare data=jsonl data.paths=[web.jsonl.zst] data.deduplicate=exact data.redact=[email,ip]", "cleaned on the way"),
+        ("gpt prepare inspect=<folder>", "check prepared tokens and look into them"),
+    ],
+    "inspect": [
+        ("gpt inspect data=stdlib_docstrings n=3", "what is learned, what is masked, where examples end"),
+        ("gpt inspect data=jsonl data.paths=[chats.jsonl] model=<folder>", "with the tokenizer of a model"),
+        ('gpt inspect tokens text="Hello, world"', "how a text is cut"),
+    ],
+    "inspect tokens": [
+        ('gpt inspect tokens text="Hello, world"', "with a tokenizer trained on the standard library"),
+        ('gpt inspect tokens text="Hello, world" model=<folder>', "with the tokenizer and the positions of a model"),
+    ],
 }
 
 
 def overview() -> str:
     """`gpt --help`."""
-    rows = "\n".join(f"  {name:<10} {command.what}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<14} {command.what}" for name, command in COMMANDS.items())
     return (
         "gpt: train GPT models and write with them.\n\nusage: gpt <command> [key=value ...]\n\n"
         f"commands:\n{rows}\n\n"
@@ -61,8 +82,7 @@ def command(name: str, config_dir: Path | None = None) -> str:
     lines = [f"gpt {name}: {COMMANDS[name].what}", "", f"usage: gpt {name} [key=value ...]"]
     lines += ["A text is taken word for word as the shell gives it; a list is written [a.txt, 'b c.txt'].", "", "examples:"]
     lines += [f"  {example}   # {why}" for example, why in EXAMPLES[name]]
-    root = "config" if schema is RunConfig else name
-    fields, defaults = typing.get_type_hints(schema), _composed_defaults(root)
+    fields, defaults = typing.get_type_hints(schema), _composed_defaults(COMMANDS[name].root)
     used = {
         group: options
         for group, options in groups(config_dir).items()
@@ -93,8 +113,7 @@ def _composed_defaults(root_name: str) -> dict[str, Any]:
 
 def _section(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
     """The keys of one dataclass with the defaults in `values`, or else its own."""
-    found = _field_docs()
-    docs = {field: text for part in reversed(cls.__mro__) for field, text in found.get(part.__name__, {}).items()}
+    docs = {field: text for part in reversed(cls.__mro__[:-1]) for field, text in _field_docs(part.__module__)[part.__name__].items()}
     hints = typing.get_type_hints(cls)
     sections = []
     for field in dataclasses.fields(cls):
@@ -107,7 +126,7 @@ def _section(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         default = values.get(field.name, default)
         choices = [str(a).lower() for option in (hint, *get_args(hint)) if get_origin(option) is Literal for a in get_args(option)]
-        known = f" ({'|'.join(choices)})" if len(choices) > 1 else ""
+        known = f" ({' | '.join(choices)})" if len(choices) > 1 else ""
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
         yield from textwrap.wrap(
             f"{docs.get(field.name, '')}{known}",
@@ -117,18 +136,17 @@ def _section(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
         )
     for name, section in sections:
         yield ""
-        yield from _section(typing.cast(type, section), f"{name}.", values.get(name, {}))
+        yield from _section(typing.cast(type, section), f"{prefix}{name}.", values.get(name, {}))
 
 
-def _field_docs() -> dict[str, dict[str, str]]:
-    """Class -> field -> the docstring below it."""
+@functools.cache
+def _field_docs(module: str) -> dict[str, dict[str, str]]:
+    """Class of the module -> field -> the docstring below it."""
     found: dict[str, dict[str, str]] = {}
-    for module in (config, commands, model_config):
-        tree = ast.parse(Path(typing.cast(Any, module).__file__).read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef):
-                docs = found.setdefault(node.name, {})
-                for field, text in zip(node.body, node.body[1:], strict=False):
-                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-                        docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(node, ast.ClassDef):
+            docs = found.setdefault(node.name, {})
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                    docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())
     return found

@@ -107,7 +107,10 @@ def _described(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(shown(a) for a in get_args(hint)) if len(get_args(hint)) > 1 else shown(get_args(hint)[0])
     if get_origin(hint) is list:
-        return f"a list such as [{'a, b' if get_args(hint)[0] is str else '1, 2'}]"
+        (item,) = get_args(hint)
+        if is_dataclass(item):
+            return f"a list of sections, [{{{fields(item)[0].name}: ...}}, ...]"
+        return f"a list such as [{'a, b' if item is str else '1, 2'}]"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]
 
 

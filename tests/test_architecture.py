@@ -22,12 +22,13 @@ MAY_IMPORT = {
     "gpt.__main__": {"gpt.cli"},
     "gpt.cli": {
         "gpt", "gpt.errors", "gpt.typed", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help",
-        "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export",
+        "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.data.command",
+        "gpt.inspection.command",
     },
     "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config"},
-    "gpt.compose": {"gpt.commands", "gpt.config", "gpt.errors", "gpt.typed", "gpt.inference.loading"},  # the last for init=
-    "gpt.commands": {"gpt.config", "gpt.errors", "gpt.typed"},
-    "gpt.config": {"gpt.errors", "gpt.typed", "gpt.model.config"},
+    "gpt.compose": {"gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed", "gpt.inference.loading"},  # the last for init=
+    "gpt.commands": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed"},
+    "gpt.config": {"gpt.data.config", "gpt.errors", "gpt.typed", "gpt.model.config"},
     "gpt.typed": {"gpt.errors"},
     "gpt.errors": set(),
     "gpt.launch": {"gpt.config", "gpt.errors", "gpt.training"},
@@ -46,16 +47,18 @@ MAY_IMPORT = {
     },
     "gpt.inference.command": {"gpt.commands", "gpt.errors", "gpt.inference", "gpt.runtime"},
     "gpt.runtime": {"gpt.config", "gpt.errors", "gpt.model"},
-    "gpt.data": {"gpt.config", "gpt.errors"},
+    "gpt.inspection": {"gpt.commands", "gpt.errors", "gpt.data", "gpt.model", "gpt.inference.loading"},
+    "gpt.data": {"gpt.errors", "gpt.typed"},
     "gpt.model": set(),
 }  # fmt: skip
 # At the top of a file, `cli -> compose/config/help` only: what is heavy is imported when its command runs.
 ONLY_IN_FUNCTIONS = {
     "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.training.checkpoint",
+    "gpt.data.command", "gpt.inspection.command",
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "safetensors"}
 MODEL_LIBRARIES_IN_FUNCTIONS = {"huggingface_hub", "transformers"}
-LIGHT = ("gpt.cli", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help", "gpt.typed", "gpt.errors", "gpt.model.config")
+LIGHT = ("gpt.cli", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help", "gpt.typed", "gpt.errors", "gpt.data.config", "gpt.model.config")
 HEAVY = {"torch", "numpy", "transformers", "tokenizers", "tiktoken", "datasets", "matplotlib", "rich", "hydra", "omegaconf", "boto3"}
 
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,10 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gpt.cli import main
-from gpt.commands import COMMANDS, GenerateConfig
+from gpt.commands import COMMANDS, GenerateConfig, PrepareConfig
 from gpt.compose import compose_run, compose_use
 from gpt.config import RunConfig
 from gpt.errors import UserError
+from gpt.help import EXAMPLES
 from gpt.typed import from_dict, schema_keys
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("gpt")  # of an installed package
@@ -124,11 +127,26 @@ def test_help_of_a_command_lists_every_group_option_and_key(arguments):
     assert "model.n_layer=4 " in out  # the default preset's, not the dataclass's
 
 
-def test_help_of_generate_lists_its_keys():
-    code, out, _ = call("generate", "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_the_keys_of_every_command(command):
+    code, out, _ = call(*command.split(), "--help")
     assert code == 0
-    for key in schema_keys(GenerateConfig):
-        assert f"\n  {key}=" in out, key
+    keys = schema_keys(COMMANDS[command].config)
+    for key, hint in keys.items():
+        assert (f"\n  {key}=" in out) == (key != "command" and not hasattr(hint, "__dataclass_fields__")), key
+    for key in re.findall(r"^  ([\w.]+)=", out.partition("keys (key=default):")[2], re.MULTILINE):
+        assert key in keys
+    assert max(map(len, out.splitlines())) <= 120
+    assert f"gpt {command}" in out.partition("examples:")[2]
+
+
+@pytest.mark.parametrize("line", [example for examples in EXAMPLES.values() for example, _ in examples])
+def test_every_example_of_the_help_is_understood(line):
+    code, out, err = call(*shlex.split(line)[1:], "--cfg")
+    if code == 0:
+        assert out
+    else:
+        assert "<" in err, "nothing is wrong but what <id> or <folder> stands for"
 
 
 # Bad input
@@ -179,17 +197,22 @@ def test_debug_shows_the_traceback(tmp_path):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    command=st.sampled_from(["pretrain", "generate"]),
-    key=st.one_of(st.sampled_from([*schema_keys(RunConfig), *schema_keys(GenerateConfig), "experiment"]), st.text()),
+    command=st.sampled_from(["pretrain", "generate", "prepare", "inspect"]),
+    key=st.one_of(
+        st.sampled_from([*schema_keys(RunConfig), *schema_keys(GenerateConfig), *schema_keys(PrepareConfig), "experiment"]), st.text()
+    ),
     prefix=st.sampled_from(["", "", "", "+", "~", "-", "--"]),
     value=st.one_of(
         st.text(),
         st.text("[](){}'\"\\,:=$~ \n0e.-", max_size=8),
         st.sampled_from(["nano", "null", "nan", "-inf", "1e999", "-1", "0", "1", "1.5", "true", "[]", "{}", "[1,2]", "3steps", "2epochs"]),
+        st.sampled_from(["[{}]", "[{source: text}, {source: stdlib}]", "[{a: {b: 1}}, [c]]", "{a: 1}", "[{source: [x]}, {1: ''}]"]),
     ),
 )
 @example("pretrain", "data.paths", "", "[" * 5000)
 @example("pretrain", "model.n_layer", "", "9" * 5000)
+@example("prepare", "data.parts", "", "[{'${x}': 1}]")
+@example("prepare", "data.parts", "", "[{source: '${x}', paths: ['\\\\${']}]")
 @example("pretrain", "model.norm_eps", "", "1" + "0" * 400)
 @example("pretrain", "train.micro_batch", "", "1" + "0" * 400)
 def test_no_argument_whatever_makes_a_traceback(command, key, prefix, value):
@@ -297,6 +320,15 @@ def test_any_path_arrives_word_for_word(text):
 def test_any_quoted_list_of_paths_arrives_word_for_word(texts):
     quoted = ", ".join(f"'{text}'" for text in texts)
     assert compose_run("pretrain", ["data=text", f"data.paths=[{quoted}]"]).data.paths == texts
+
+
+def test_the_parts_of_a_mixture_arrive_word_for_word():
+    texts = ["a, b", "it's", "${x}", "\\${x}", "[", "é🤖", "{a: 1}"]
+    quoted = ", ".join("'" + text.replace("'", "\\'") + "'" for text in texts)
+    parts = f"[{{source: text, paths: [{quoted}], fields: {{text: 'my ${{text}}'}}, weight: 2}}, {{source: hf, name: org/set}}]"
+    first, second = compose_use("prepare", ["data=mixture", f"data.parts={parts}"]).data.parts
+    assert (first.source, first.paths, first.fields.text, first.weight) == ("text", texts, "my ${text}", 2.0)
+    assert (second.source, second.name, second.weight) == ("hf", "org/set", 1.0)
 
 
 # --config-dir

@@ -1,10 +1,11 @@
-"""The schema and the values: everything under configs/ composes, every key exists, every type is checked, presets are faithful."""
+"""The schema and the values: everything under configs/ composes, every key exists, every type is checked."""
 
 import ast
 import dataclasses
 import inspect
 import itertools
 import math
+import sys
 import typing
 from pathlib import Path
 
@@ -13,22 +14,36 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gpt.config
-import gpt.model.config
-from gpt.commands import GenerateConfig
-from gpt.compose import compose_run, config_directory, groups, load_run
-from gpt.config import RunConfig, Span, TokenizerConfig, TrainConfig, parse_span
+from gpt.commands import COMMANDS, GenerateConfig, ModelUse
+from gpt.compose import compose_run, compose_use, config_directory, groups, load_run
+from gpt.config import RunConfig, Span, TrainConfig, parse_span
+from gpt.data.config import (
+    EXAMPLE_SOURCES,
+    DataConfig,
+    FieldNames,
+    PartConfig,
+    SourceConfig,
+    TokenizerConfig,
+    holds_examples,
+    validate_examples,
+    validate_text,
+)
 from gpt.errors import UserError
-from gpt.model.config import Architecture, GPTConfig
+from gpt.model.config import GPTConfig
 from gpt.typed import from_dict, nearest, nearest_key, schema_keys, shown
 
 CONFIGS = config_directory()
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 NEEDS = {  # what an option cannot do without
     ("data", "text"): ["data.paths=[book.txt]"],
+    ("data", "jsonl"): ["data.paths=[rows.jsonl]"],
+    ("data", "parquet"): ["data.paths=[rows.parquet]"],
+    ("data", "hf"): ["data.name=org/set"],
+    ("data", "mixture"): ["data.parts=[{source: text, paths: [a.txt], weight: 2}, {source: stdlib}]"],
     ("tokenizer", "pretrained"): ["tokenizer.path=gpt2"],
     ("experiment", "gpt2_from_scratch"): ["data.paths=[book.txt]"],
 }
+NOT_TEXT = {("data", source) for source in EXAMPLE_SOURCES}  # what gpt pretrain cannot take
 
 
 def compose(*arguments: str) -> RunConfig:
@@ -40,16 +55,17 @@ def compose(*arguments: str) -> RunConfig:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(pair) for pair in OPTIONS])
 def test_every_option_composes_and_validates(group, option):
-    config = compose(f"{group}={option}", *NEEDS.get((group, option), []))
+    arguments = [f"{group}={option}", *NEEDS.get((group, option), [])]
+    config = compose_use("inspect", arguments) if (group, option) in NOT_TEXT else compose(*arguments)
     values = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8"))
     values.pop("defaults", None)
-    composed = config.to_dict()
+    composed = dataclasses.asdict(config)
     for key, value in leaves(values if group not in composed else {group: values}):  # each value arrives
         section = composed
         for part in key.split("."):
             section = section[part]
         assert section == value or (key.startswith("model.") and value == 0), key
-    assert from_dict(RunConfig, config.to_dict()) == config
+    assert from_dict(type(config), dataclasses.asdict(config)) == config
 
 
 def test_experiments_and_debug_modes_go_together_with_every_model():
@@ -88,7 +104,7 @@ def test_every_key_of_every_file_exists(file):
 
 
 def test_groups_are_the_sections_and_two_more():
-    sections = {name for name, hint in schema_keys(RunConfig).items() if dataclasses.is_dataclass(hint)}
+    sections = {name for name, hint in schema_keys(RunConfig).items() if dataclasses.is_dataclass(hint) and "." not in name}
     assert set(groups()) == sections - {"run"} | {"experiment", "debug"}
 
 
@@ -215,34 +231,72 @@ def test_a_run_directory_without_a_config_file(tmp_path):
 # The schema
 
 
-def dataclasses_of(module) -> list[type]:
-    return [c for c in vars(module).values() if inspect.isclass(c) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
+def schema_classes() -> list[type]:
+    """Every dataclass that a command's settings are made of, with what it inherits from."""
+    found: list[type] = []
+    waiting: list[object] = [command.config for command in COMMANDS.values()]
+    while waiting:
+        hint = waiting.pop()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in found:
+            found.append(hint)
+            waiting += [*hint.__bases__, *typing.get_type_hints(hint).values()]
+        waiting += typing.get_args(hint)
+    return sorted(found, key=lambda cls: cls.__name__)
 
 
-@pytest.mark.parametrize("module", [gpt.config, gpt.model.config], ids=lambda m: m.__name__)
-def test_every_field_has_a_docstring(module):
-    tree = ast.parse(inspect.getsource(module))
+def test_the_schema_is_found():
+    assert {RunConfig, TrainConfig, GPTConfig, ModelUse, GenerateConfig, SourceConfig, PartConfig, FieldNames} <= {*schema_classes()}
+
+
+@pytest.mark.parametrize("cls", schema_classes(), ids=lambda cls: cls.__name__)
+def test_every_field_has_a_docstring(cls):
+    (body,) = [
+        node.body
+        for node in ast.parse(inspect.getsource(sys.modules[cls.__module__])).body
+        if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+    ]
     documented = {
-        (node.name, field.target.id)
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        for field, text in itertools.pairwise(node.body)
+        field.target.id
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and str(text.value.value).strip().endswith((".", "?"))
     }
-    assert dataclasses_of(module)
-    for cls in dataclasses_of(module):
-        assert cls.__doc__
-        assert not cls.__doc__.startswith(f"{cls.__name__}("), "dataclass writes that by itself"
-        for name, hint in typing.get_type_hints(cls).items():
-            if not dataclasses.is_dataclass(hint):  # a section, which its own class describes
-                assert (cls.__name__, name) in documented
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}("), "dataclass writes that by itself"
+    hints = typing.get_type_hints(cls)
+    sections = {name for name in inspect.get_annotations(cls) if dataclasses.is_dataclass(hints[name])}  # which their own classes describe
+    assert documented | sections == {*inspect.get_annotations(cls)}
 
 
 def test_no_two_configs_share_a_list():
     a, b = RunConfig(), RunConfig()
     a.data.paths.append("x")
     assert b.data.paths == []
+
+
+@pytest.mark.parametrize("setting", [{"document_mask": True}, {"streaming": True}])
+def test_settings_that_only_text_has(setting):
+    validate_text(DataConfig(**setting))
+    with pytest.raises(UserError, match=rf"^data\.{next(iter(setting))}=true is of text: .*; leave it out$"):
+        validate_examples(DataConfig(**setting))
+
+
+@pytest.mark.parametrize(
+    ("sources", "pretraining", "finetuning"),
+    [
+        (["stdlib"], False, False), (["text"], False, False), (["jsonl"], False, True), (["hf"], False, True),
+        (["stdlib_docstrings"], True, True), (["text", "stdlib"], False, False), (["jsonl", "parquet"], False, True),
+        (["jsonl", "stdlib_tokens"], None, True), (["text", "jsonl"], False, None),
+    ],
+)  # fmt: skip
+def test_which_sources_hold_examples(sources, pretraining, finetuning):
+    data = DataConfig(source=sources[0]) if len(sources) == 1 else DataConfig("mixture", parts=[PartConfig(source=s) for s in sources])
+    for expected, is_finetuning in ((pretraining, False), (finetuning, True)):
+        if expected is None:
+            with pytest.raises(UserError, match=r"^data\.parts: \w+ holds examples and \w+ text; mix only one kind$"):
+                holds_examples(data, is_finetuning)
+        else:
+            assert holds_examples(data, is_finetuning) is expected
 
 
 def check(hint: object, value: object) -> object:
@@ -306,9 +360,22 @@ def test_values_that_fit(hint, value, expected):
         (list[str], ["a", ["b"]], "section.key[1]=[b]: must be text"),
         (list[int], ["a"], "section.key[0]=a: must be a whole number"),
         (list[int], None, "section.key=null: must be a list such as [1, 2]"),
-        (TokenizerConfig, None, "section.key=null: must be a section with keys (name, vocab_size, path ...), not a single value"),
-        (TokenizerConfig, "bpe", "section.key=bpe: must be a section with keys (name, vocab_size, path ...), not a single value"),
-        (TokenizerConfig, {"name": "bep"}, "section.key.name=bep: must be one of bpe, byte, pretrained. Did you mean bpe?"),
+        (list[PartConfig], None, "section.key=null: must be a list of sections, [{source: ...}, ...]"),
+        (list[PartConfig], {"source": "text"}, "section.key={'source': 'text'}: must be a list of sections, [{source: ...}, ...]"),
+        (
+            list[PartConfig],
+            ["text"],
+            "section.key[0]=text: must be a section with keys (source, paths, name, config ...), not a single value",
+        ),
+        (list[PartConfig], [{}, {"wieght": 2}], "section.key[1].wieght=2: no such key. Did you mean section.key[1].weight?"),
+        (
+            list[PartConfig],
+            [{"fields": {"txt": "x"}}],
+            "section.key[0].fields.txt=x: no such key. Did you mean section.key[0].fields.text?",
+        ),
+        (TokenizerConfig, None, "section.key=null: must be a section with keys (name, vocab_size, path, split ...), not a single value"),
+        (TokenizerConfig, "bpe", "section.key=bpe: must be a section with keys (name, vocab_size, path, split ...), not a single value"),
+        (TokenizerConfig, {"name": "bep"}, "section.key.name=bep: must be one of bpe, char, byte, pretrained. Did you mean bpe?"),
         (TokenizerConfig, {"vocab": 3}, "section.key.vocab=3: no such key. Did you mean section.key.vocab_size?"),
         (GPTConfig, {"n_layer": 0}, "section.key.n_layer=0 must be at least 1"),
     ],
@@ -394,7 +461,9 @@ def test_a_length_in_a_unit_that_does_not_count_here():
         ("lr", "optimizer.lr"), ("train.lr", "optimizer.lr"), ("train.warmup", "schedule.warmup"), ("warmup", "schedule.warmup"),
         ("model.vocab", "model.vocab_size"), ("tokenizer.vocab", "tokenizer.vocab_size"), ("sed", "seed"), ("trian", "train"),
         ("optimiser.lr", "optimizer.lr"), ("train.batch_token", "train.batch_tokens"), ("run.dirr", "run.dir"), ("paths", "data.paths"),
-        ("data.name", None), ("name", None), ("launch.nproc", None), ("prompt", None), ("", None), ("🤖", None),
+        ("data.field.text", "data.fields.text"), ("data.text", "data.fields.text"), ("fields.text", "data.fields.text"),
+        ("data.part", "data.parts"), ("data.nme", "data.name"), ("name", None),
+        ("launch.nproc", None), ("temperature", None), ("", None), ("🤖", None),
     ],
 )  # fmt: skip
 def test_the_nearest_key(typed, meant):
@@ -413,177 +482,3 @@ def test_values_are_shown_as_they_are_typed():
     values = [None, True, False, 1, 1.0, 1e-5, "a b", ["a", None, [1.5]], {"a": 1}]
     assert [shown(v) for v in values] == ["null", "true", "false", "1", "1", "1e-05", "a b", "[a, null, [1.5]]", "{'a': 1}"]
     assert len(shown("x" * 10_000)) < 300
-
-
-# Presets
-
-# name: (n_layer, n_head, d_model, d_ff, parameters with the embedding counted once)
-GPT2 = {
-    "gpt2": (12, 12, 768, 3072, 124_439_808),
-    "gpt2-medium": (24, 16, 1024, 4096, 354_823_168),
-    "gpt2-large": (36, 20, 1280, 5120, 774_030_080),
-    "gpt2-xl": (48, 25, 1600, 6400, 1_557_611_200),
-}
-
-
-@pytest.mark.parametrize("name", GPT2)
-def test_the_gpt2_presets_are_those_that_openai_released(name):
-    model = compose(f"model={name}").model
-    layers, heads, width, inner, parameters = GPT2[name]
-    assert (model.n_layer, model.n_head, model.d_model, model.d_ff) == (layers, heads, width, inner)
-    assert (model.vocab_size, model.context_length, model.head_dim, model.n_kv_head) == (50257, 1024, 64, heads)
-    assert (model.positions, model.norm, model.norm_eps, model.activation) == ("learned", "layernorm", 1e-5, "gelu_tanh")
-    assert (model.bias, model.tie_embeddings, model.embedding_scale, model.parallel_residual) == (True, True, 1.0, False)
-    assert model.stock_architecture() == "GPT2"
-    embeddings = (model.vocab_size + model.context_length) * width
-    block = 4 * width * width + 4 * width + 2 * width * model.d_ff + width + model.d_ff + 4 * width
-    assert embeddings + layers * block + 2 * width == parameters
-
-
-def test_the_2017_transformer_has_its_base_size():
-    model = compose("model=transformer-2017").model
-    assert (model.n_layer, model.n_head, model.d_model, model.d_ff, model.head_dim) == (6, 8, 512, 2048, 64)
-    assert (model.positions, model.dropout, model.tie_embeddings) == ("sinusoidal", 0.1, True)
-    assert model.embedding_scale == pytest.approx(math.sqrt(512), rel=1e-15)
-    assert model.stock_architecture() == "GPT2"
-
-
-def test_nano_has_the_shape_of_qwen3():
-    model = compose("model=nano").model
-    assert (model.positions, model.norm, model.qk_norm, model.activation, model.bias) == ("rotary", "rmsnorm", True, "swiglu", False)
-    assert model.stock_architecture() == "Qwen3"
-
-
-# GPTConfig
-
-
-def test_sizes_are_derived():
-    config = GPTConfig(n_head=12, d_model=768)
-    assert (config.n_kv_head, config.head_dim, config.d_ff) == (12, 64, 3072)
-    swiglu = GPTConfig(n_head=12, d_model=768, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False)
-    assert swiglu.d_ff == 2048
-    assert dataclasses.replace(config) == config
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"d_model": 770}, "d_model=770 is not divisible by n_head=12 (nearest: 768 or 780)"),
-        ({"d_model": 770, "head_dim": 64}, "d_model=770 is not divisible by n_head=12 (nearest: 768 or 780)"),
-        ({"d_model": 5}, "d_model=5 is not divisible by n_head=12 (nearest: 12)"),
-        ({"head_dim": 32}, "head_dim=32 with norm=layernorm must be 64: no stock architecture (GPT-2, GPT-NeoX) can hold another"),
-        ({"n_kv_head": 5}, "n_kv_head=5 does not divide n_head=12"),
-        ({"n_kv_head": 4}, "n_kv_head=4 with norm=layernorm must be 12: no stock architecture (GPT-2, GPT-NeoX) can hold another"),
-        ({"positions": "rotray"}, "positions=rotray must be one of learned, sinusoidal, rotary, none"),
-        ({"norm": "batchnorm"}, "norm=batchnorm must be one of layernorm, rmsnorm"),
-        ({"activation": "relu"}, "activation=relu must be one of gelu, gelu_tanh, swiglu"),
-        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and less than 1"),
-        ({"dropout": math.nan}, "dropout=nan must be at least 0 and less than 1"),
-        ({"norm_eps": math.inf}, "norm_eps=inf must be greater than 0 and finite"),
-        ({"norm_eps": math.nan}, "norm_eps=nan must be greater than 0 and finite"),
-        ({"rope_theta": 0.0}, "rope_theta=0.0 must be greater than 0 and finite"),
-        ({"rope_fraction": 1.5}, "rope_fraction=1.5 must be greater than 0 and at most 1"),
-        ({"vocab_size": -1}, "vocab_size=-1 must not be negative (0 means: derived)"),
-        ({"context_length": 0}, "context_length=0 must be at least 1"),
-        (
-            {"positions": "rotary", "rope_fraction": 0.01},
-            "rope_fraction=0.01 of head_dim=64 rotates 0 dimensions; it must be an even number of at least 2",
-        ),
-        (
-            {"positions": "rotary", "d_model": 36},
-            "head_dim=3 (d_model / n_head unless set) must be even: rotary positions turn pairs",
-        ),
-        (
-            {"qk_norm": True},
-            "qk_norm=true with norm=layernorm must be false: no stock architecture (GPT-2, GPT-NeoX) can hold another",
-        ),
-        (
-            {"parallel_residual": True},
-            "parallel_residual=true with positions=learned must be false: no stock architecture (GPT-2, GPT-NeoX) can hold another",
-        ),
-        (
-            {"activation": "swiglu"},
-            "activation=swiglu with norm=layernorm must be gelu or gelu_tanh: no stock architecture (GPT-2, GPT-NeoX) is gated",
-        ),
-        (
-            {"norm": "rmsnorm", "positions": "none"},
-            "positions=none with norm=rmsnorm must be rotary: no stock architecture (Llama, Qwen2, Qwen3) can hold another",
-        ),
-        (
-            {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "qk_norm": True},
-            "bias=true with qk_norm=true must be false: no stock architecture (Llama, Qwen2, Qwen3) can hold another",
-        ),
-    ],
-)
-def test_shapes_that_are_refused(values, said):
-    with pytest.raises(ValueError) as caught:
-        GPTConfig(**values)
-    assert str(caught.value) == said
-
-
-@pytest.mark.parametrize(
-    ("values", "architecture"),
-    [
-        ({}, "GPT2"),
-        ({"positions": "sinusoidal"}, "GPT2"),
-        ({"positions": "none", "activation": "gelu", "bias": False}, "GPT2"),
-        ({"positions": "rotary", "rope_fraction": 0.25, "parallel_residual": True}, "GPTNeoX"),
-        ({"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": True}, "Llama"),
-        ({"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "n_kv_head": 4, "head_dim": 128}, "Llama"),
-        ({"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "qkv_bias": True}, "Qwen2"),
-        ({"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "qk_norm": True}, "Qwen3"),
-    ],
-)
-def test_shapes_and_their_stock_architecture(values, architecture):
-    assert GPTConfig(**values).stock_architecture() == architecture
-
-
-CHOICES = {
-    name: [*typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else [False, True]
-    for name, hint in typing.get_type_hints(GPTConfig).items()
-    if typing.get_origin(hint) is typing.Literal or hint is bool
-}
-
-
-def test_every_combination_of_choices_has_an_architecture_or_names_the_field():
-    accepted = set()
-    for values in itertools.product(*CHOICES.values()):
-        accepted.add(architecture_or_field(dict(zip(CHOICES, values, strict=True))))
-    assert set(typing.get_args(Architecture)) <= accepted
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            **{name: st.sampled_from(options) for name, options in CHOICES.items()},
-            **{n: st.integers(-1, 5) for n in ("n_layer", "context_length", "n_kv_head")},
-            **{n: st.integers(-1, 16) for n in ("n_head", "head_dim", "d_model", "d_ff", "vocab_size")},
-            **{n: st.floats() for n in ("rope_theta", "norm_eps", "embedding_scale")},
-            **{n: st.floats(-0.5, 1.5) for n in ("rope_fraction", "dropout")},
-        },
-    )
-)
-def test_any_values_have_an_architecture_or_name_the_field(values):
-    architecture_or_field(values)
-
-
-def architecture_or_field(values: dict) -> str:
-    problem: ValueError | None = None
-    try:
-        config = GPTConfig(**values)
-    except ValueError as error:
-        problem = error
-    if problem:
-        name = str(problem).partition("=")[0]
-        assert name in typing.get_type_hints(GPTConfig), problem
-        assert "\n" not in str(problem)
-        return name
-    architecture = config.stock_architecture()
-    assert architecture in typing.get_args(Architecture)
-    assert config.n_head % config.n_kv_head == 0
-    assert min(config.head_dim, config.d_ff, config.n_kv_head) > 0
-    assert dataclasses.replace(config) == config, "building it again from its own values changes nothing"
-    assert architecture not in ("GPT2", "GPTNeoX") or config.head_dim * config.n_head == config.d_model
-    return architecture
