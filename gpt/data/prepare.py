@@ -1,125 +1,306 @@
-"""Text to a corpus of token ids, kept in a cache: find files, make the tokenizer, encode, write shards."""
+"""Text or examples to a corpus of token ids, kept in a cache: look at the sources, make the tokenizer, encode in parallel, write shards.
+
+What has been written is committed every few seconds: a build that was killed goes on where it stopped, to the same bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
-
-from gpt.config import DataConfig, TokenizerConfig
-from gpt.data.shards import VERSION, Index, ShardWriter, TokenArray, building, open_split, read_index, write_index
-from gpt.data.sources import Document, ReadReport, find_files, fingerprint, read_documents
-from gpt.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.deduplication import SeenDocuments
+from gpt.data.encoding import Batch, Reader, TextEncoder, Work, count_workers, encode_batches
+from gpt.data.manifest import combine, describe_part, describe_tokenizer, read_manifest, summary
+from gpt.data.plan import PartPlan, Plan, hash_of, make_plan
+from gpt.data.progress import PreparationProgress
+from gpt.data.shards import (
+    SPLITS,
+    VERSION,
+    Index,
+    ShardWriter,
+    Split,
+    building,
+    check_files,
+    checksum,
+    mark_verified,
+    open_split,
+    read_index,
+    write_index,
+    write_json,
+)  # fmt: skip
+from gpt.data.sources import ReadReport
+from gpt.data.tokenizer import Tokenizer, load_tokenizer
 from gpt.errors import UserError
 
-SPLITS = ("train", "held_out")
-# BPE learns from every second, third ... document of a larger corpus: on the standard library half of the text gives as many
-# bytes per token on held-out text as all of it, in half the time.
-_BPE_CHARACTERS = 8_000_000
+if TYPE_CHECKING:
+    from gpt.data.examples import ExampleSettings
+
+COMMIT_SECONDS = 10.0
+COMMIT_BYTES = 64_000_000  # of text
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_OF_THE_BUILD = ("progress.json", "seen.sqlite", "seen.sqlite-journal")
+
+Kind = Literal["text", "language_model", "text_label", "tokens_tags"]
+
+
+@dataclass
+class Part:
+    """A prepared source: `weight` is how often windows come from it, in proportion to the other parts."""
+
+    name: str
+    weight: float
+    train: Split
+    held_out: Split
+    index: Index
 
 
 @dataclass
 class Corpus:
-    """A tokenised corpus."""
+    """A tokenised corpus: one part, or those of a mixture.
+
+    Attributes:
+        tokenizer: of all parts.
+        parts: in the order of the config.
+        manifest: where the data comes from and what became of it; JSON-able.
+        kind: text for pretraining, or what examples teach.
+        classes: of text_label and tokens_tags, in the order of their numbers.
+    """
 
     tokenizer: Tokenizer
-    train: TokenArray
-    held_out: TokenArray
-    index: Index
+    parts: list[Part]
+    manifest: dict[str, Any]
+    kind: Kind
+    classes: list[str]
 
     @property
     def fingerprint(self) -> str:
-        """A hash that changes with the text, the split or the tokenizer."""
-        return hashlib.sha256(json.dumps(asdict(self.index), sort_keys=True).encode()).hexdigest()[:16]
+        """A hash that changes with the tokens, labels, split or tokenizer; not with where the files lie or when they were touched."""
+        shards = [{name: file for name, file in part.index.files.items() if name.endswith(".bin")} for part in self.parts]
+        what = [self.tokenizer.fingerprint(), self.kind, self.classes, shards, [part.weight for part in self.parts]]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prepare_corpus(data: DataConfig, tokenizer: TokenizerConfig, context_length: int, say: Callable[[str], None]) -> Corpus:
+def prepare_corpus(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    context_length: int,
+    say: Callable[[str], None],
+    examples: ExampleSettings | None = None,
+) -> Corpus:
     """The corpus of a config, from the cache if it is there.
 
     Args:
         data, tokenizer: what to read and how to cut it.
-        context_length: both splits must hold at least one window of it.
+        context_length: both splits of a text must hold at least one window of it.
         say: takes progress messages.
+        examples: how rows become examples; None: text for pretraining.
 
     Raises:
-        UserError: no text, too little text, text that cannot be read, a tokenizer that cannot be made.
+        UserError: no text, too little text, text that cannot be read, a tokenizer that cannot be made, a damaged cache.
     """
-    files = find_files(data)
-    source = fingerprint(files)
-    settings = {"version": VERSION, "source": source, "holdout": data.holdout, "on_error": data.on_error, "tokenizer": asdict(tokenizer)}
-    if tokenizer.name == "pretrained":
-        settings["tokenizer_hash"] = _make_tokenizer(tokenizer, []).fingerprint()
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    cache = cache_directory(data)
+    plan = make_plan(data, tokenizer, cache, say, examples)
+    if examples is not None:
+        for part in plan.parts:
+            learned = {"prompt_completion": "the completion", "messages": "the assistant's turns"}.get(part.format, "all")
+            loss = "" if plan.kind != "language_model" else f"; learned: {'all' if examples.loss_on == 'all' else learned}"
+            say(f"{part.source.name}: rows of {part.format}{loss}")
+    parts, manifests = [], []
+    for part in plan.parts:
+        directory = cache / "data" / hash_of(_part_settings(part, plan, data, examples))
+        index = _prepared(directory, part, plan, data, examples, say)
+        check_files(directory, index)
+        for note in index.notes:
+            say(f"note: {note}")
+        train, held_out = (open_split(directory, index, split) for split in SPLITS)
+        parts.append(Part(part.source.name, part.weight, train, held_out, index))
+        _check_size(parts[-1], context_length)
+        # Licence and paths are as this config has them, not as the one that built the cache.
+        manifests.append(read_manifest(directory) | {"name": part.source.name, "weight": part.weight} | part.source.describe())
+    manifest = combine(manifests, describe_tokenizer(tokenizer, plan.tokenizer), plan.kind, plan.classes)
+    return Corpus(plan.tokenizer, parts, manifest, cast(Kind, plan.kind), plan.classes)
+
+
+def cache_directory(data: DataConfig) -> Path:
+    """Where what is prepared is kept.
+
+    Raises:
+        UserError: there is no such place.
+    """
     try:
-        directory = Path(data.cache_dir).expanduser() / "data" / key
+        return Path(data.cache_dir).expanduser()
     except RuntimeError as error:  # a user without a home, as containers have them
         raise UserError(f"data.cache_dir={data.cache_dir}: {error} Set it to a folder") from error
-    index = read_index(directory)
-    if index is None:
-        with building(directory) as aside:
-            if aside is not None:
-                say(f"reading {len(files)} files")
-                report = ReadReport()
-                documents = read_documents(files, data, report)
-                _build(aside, documents, report, tokenizer, source, say)
-        index = read_index(directory)
-        assert index is not None
-    else:
-        say(f"tokens from the cache: {directory}")
-    for note in index.notes:
-        say(f"note: {note}")
-    corpus = Corpus(
-        load_tokenizer(directory), open_split(directory, index, "train"), open_split(directory, index, "held_out"), index
-    )  # fmt: skip
-    for split, array in (("training", corpus.train), ("held-out", corpus.held_out)):
-        if len(array) < context_length + 1:
+
+
+def _part_settings(part: PartPlan, plan: Plan, data: DataConfig, examples: ExampleSettings | None) -> dict[str, Any]:
+    """What decides the ids of a part."""
+    return {
+        "version": VERSION, "source": part.key, "hold_out": asdict(part.hold_out), "on_error": data.on_error, "redact": sorted(data.redact),
+        "min_characters": data.min_characters, "deduplicate": data.deduplicate, "tokenizer": plan.tokenizer.fingerprint(),
+        "examples": examples and [asdict(examples), part.format, plan.classes, plan.tokenizer.chat_template],
+    }  # fmt: skip
+
+
+def _check_size(part: Part, context_length: int) -> None:
+    for name, split in (("training", part.train), ("held-out", part.held_out)):
+        if part.index.kind == "text" and len(split.tokens) < context_length + 1:
             raise UserError(
-                f"data: the {split} text has {len(array)} tokens, fewer than model.context_length={context_length} and one more; "
+                f"data: the {name} text has {len(split.tokens)} tokens, fewer than model.context_length={context_length} and one more; "
                 "give more text or a shorter context"
             )
-    return corpus
+        if not len(split.tokens):
+            raise UserError(f"data: {part.name} has no {name} examples; give more, or change data.holdout")
 
 
-def _build(
-    directory: Path, documents: list[Document], report: ReadReport, config: TokenizerConfig, source: str, say: Callable[[str], None]
-) -> None:
-    if not documents:
-        left_out = (
-            f" ({report.empty_files} empty files, {len(report.binary_files)} binary)" if report.empty_files or report.binary_files else ""
-        )
-        raise UserError(f"data: there is no text in the corpus{left_out}")
-    training = [d.text for d in documents if not d.held_out]
-    say(f"{sum(map(len, training)) / 1e6:.1f} million characters; making the tokenizer")
-    tokenizer = _make_tokenizer(config, training)
-    tokenizer.save(directory / "tokenizer.json")
-    # A fresh one with a piece of the text to check the fast encoder on.
-    tokenizer = load_tokenizer(directory, check="".join(training)[:200_000])
-    say(f"encoding with {'tiktoken' if tokenizer.is_fast else 'tokenizers'}")
-    index = Index(
-        dtype="uint16" if tokenizer.vocab_size <= 65536 else "uint32", vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer.fingerprint(), source=source, notes=report.warnings(),
-    )  # fmt: skip
-    separator = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=np.uint32)
-    for split in SPLITS:
-        texts = [d.text for d in documents if d.held_out == (split == "held_out")]
-        writer = ShardWriter(directory, split, index.dtype)
-        for start in range(0, len(texts), 256):
-            for ids in tokenizer.encode_batch(texts[start : start + 256]):
-                writer.append((separator, ids))
-        index.tokens[split] = writer.sizes
-        index.bytes[split] = sum(len(t.encode()) for t in texts)
-        index.documents[split] = len(texts)
-    write_index(directory, index)
+def _prepared(
+    directory: Path, part: PartPlan, plan: Plan, data: DataConfig, examples: ExampleSettings | None, say: Callable[[str], None]
+) -> Index:
+    """The index of a part's folder, built if it is not there."""
+    with building(directory, lambda folder: read_index(folder) is not None) as aside:
+        if aside is None:
+            say(f"tokens from the cache: {directory}")
+        elif read_index(aside) is None:
+            _Build(aside, part, plan, data, examples, say).run()
+        if aside is not None:
+            for name in _OF_THE_BUILD:
+                (aside / name).unlink(missing_ok=True)
+    if aside is not None:
+        say(f"tokens kept in {directory}")
+    index = read_index(directory)
+    assert index is not None
+    return index
 
 
-def _make_tokenizer(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
-    if config.name == "byte":
-        return byte_tokenizer()
-    if config.name == "pretrained":
-        return load_tokenizer(config.path or "")
-    stride = -(-sum(map(len, texts)) // _BPE_CHARACTERS)
-    return train_bpe(texts[:: max(1, stride)], config.vocab_size)
+class _Build:
+    """Fills a folder with the shards of one source."""
+
+    def __init__(
+        self, directory: Path, part: PartPlan, plan: Plan, data: DataConfig, examples: ExampleSettings | None, say: Callable[[str], None]
+    ) -> None:
+        self.directory, self.part, self.plan, self.data, self.say = directory, part, plan, data, say
+        self.index = Index(
+            dtype="uint16" if plan.tokenizer.vocab_size <= 65536 else "uint32", vocab_size=plan.tokenizer.vocab_size,
+            tokenizer=plan.tokenizer.fingerprint(), source=part.fingerprint, kind=plan.kind, classes=plan.classes,
+            labelled=examples is not None,
+        )  # fmt: skip
+        self.fast = load_tokenizer(plan.directory, check=plan.check)
+        if examples is None:
+            encoder = TextEncoder(str(plan.directory), plan.check, part.hold_out, self.fast)
+        else:
+            from gpt.data.examples import ExampleEncoder
+
+            encoder = ExampleEncoder(str(plan.directory), examples, part.format, plan.classes)
+        self.work = Work(encoder, sorted(data.redact), part.hold_out, self.index.dtype, self.index.labelled)
+        self.examples = examples is not None
+        self.counts: Counter[str] = Counter()
+        self.characters = 0
+        self.seconds = 0.0
+        self.next_batch = 0
+        self.stream_state: dict[str, Any] | None = None
+        self.report = ReadReport()
+        self.seen_state: dict[str, str] | None = None
+        self.writers: dict[str, ShardWriter] = {}
+        self._go_on()
+
+    def _writer(self, split: str, state: dict[str, Any] | None = None) -> ShardWriter:
+        return ShardWriter(self.directory, split, self.index.dtype, self.index.labelled, state)
+
+    def _go_on(self) -> None:
+        """Take up what an earlier process committed, if it did and it is whole."""
+        try:
+            progress = json.loads((self.directory / "progress.json").read_text(encoding="utf-8"))
+            self.writers = {split: self._writer(split, progress["splits"][split]) for split in SPLITS}
+        except FileNotFoundError:
+            self.writers = {split: self._writer(split) for split in SPLITS}
+            return
+        except (ValueError, KeyError):
+            self.say(f"what an earlier call left in {self.directory} is damaged; starting from the beginning")
+            shutil.rmtree(self.directory)
+            self.directory.mkdir()
+            self.writers = {split: self._writer(split) for split in SPLITS}
+            return
+        self.counts, self.characters, self.seconds = Counter(progress["counts"]), progress["characters"], progress["seconds"]
+        self.next_batch, self.stream_state, self.seen_state = progress["batch"] + 1, progress["stream"], progress["seen"]
+        self.report = ReadReport(**progress["report"])
+        self.say(f"going on behind {self._documents:,} documents ({self.characters / 1e6:.1f} MB), where an earlier call stopped")
+
+    @property
+    def _documents(self) -> int:
+        return sum(writer.documents for writer in self.writers.values())
+
+    @property
+    def _tokens(self) -> int:
+        return sum(writer.tokens for writer in self.writers.values())
+
+    def run(self) -> None:
+        """Read, encode, write, from where it stands to the end."""
+        source, fast = self.part.source, "tiktoken" if self.fast.is_fast else "tokenizers"
+        workers, alone = count_workers(self.data.workers, source.size, self.data.memory_mb)
+        self.say(f"encoding with {fast}" + f" in {workers} process{'es' * (workers > 1)}" * (workers > 0 and not alone))
+        started = committed = time.monotonic()
+        since = 0
+        stream = source.rows(self.report, self.stream_state)
+        final: dict[str, Any] = {}
+        with ExitStack() as stack:
+            seen = None
+            if self.data.deduplicate == "exact":
+                seen = stack.enter_context(closing(SeenDocuments(self.directory / "seen.sqlite", self.next_batch - 1)))
+                if self.seen_state is not None:
+                    seen.load_state_dict(self.seen_state)
+            reader = Reader(stream, self.report, self.data.min_characters, seen, self.examples, self.next_batch)
+            progress = stack.enter_context(PreparationProgress(source.size, self.say))
+            encoded = stack.enter_context(closing(encode_batches(iter(reader), self.work, workers, self.data.memory_mb, alone)))
+            for batch, (chunks, counts) in encoded:
+                for split, chunk in chunks.items():
+                    self.writers[split].append(chunk.ids, chunk.starts, chunk.n_bytes, chunk.labels)
+                self.counts.update(counts)
+                self.counts.update(batch.left_out)
+                self.characters += batch.characters
+                since += batch.characters
+                final = batch.state
+                progress.update(self._documents, self.characters, self._tokens)
+                if time.monotonic() - committed > COMMIT_SECONDS or since > COMMIT_BYTES:
+                    self._commit(batch, seen, self.seconds + time.monotonic() - started)
+                    committed, since = time.monotonic(), 0
+        self.seconds += time.monotonic() - started
+        self._finish(ReadReport(**final["report"]))
+
+    def _commit(self, batch: Batch, seen: SeenDocuments | None, seconds: float) -> None:
+        """Make sure that what is written so far is there after a kill: the files first, then what says so."""
+        for writer in self.writers.values():
+            writer.sync()
+        if seen is not None:
+            seen.commit()
+        progress = {
+            "batch": batch.number, "characters": self.characters, "counts": self.counts, "seconds": seconds,
+            "splits": {split: writer.state_dict() for split, writer in self.writers.items()},
+        }  # fmt: skip
+        write_json(self.directory / "progress.json", progress | batch.state)
+
+    def _finish(self, report: ReadReport) -> None:
+        report.split_within_files = self.part.hold_out.within
+        self.index.notes = report.warnings()
+        for split, writer in self.writers.items():
+            writer.finish()
+            self.index.tokens[split], self.index.bytes[split] = writer.sizes, writer.bytes
+            self.index.documents[split] = writer.documents
+            self.index.files |= writer.files
+        for name in _TOKENIZER_FILES:
+            if (self.plan.directory / name).is_file():
+                shutil.copyfile(self.plan.directory / name, self.directory / name)
+                self.index.files[name] = checksum(self.directory / name)
+        description = describe_part(self.part.source.describe(), self.data, self.index, self.counts, report)
+        write_json(self.directory / "manifest.json", description)
+        self.index.files["manifest.json"] = checksum(self.directory / "manifest.json")
+        mark_verified(self.directory, self.index)
+        write_index(self.directory, self.index)
+        self.say(summary(self.index, self.counts, self.seconds))

@@ -1,7 +1,6 @@
-"""Tokenizers: byte-level BPE trained on the corpus, plain bytes, or any pretrained Hugging Face tokenizer.
+"""Tokenizers: text to ids and back, with where each token stands, what it holds, and what is control.
 
-`tokenizers` defines the ids and is what gets saved; `tiktoken` encodes in bulk about ten times faster, and is used only
-where a check on the spot shows that its ids are the same.
+`tokenizers` defines the ids and is what gets saved; `bulk_encoding` makes the same ids several times faster where it can.
 """
 
 from __future__ import annotations
@@ -11,25 +10,25 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from gpt.data.bulk_encoding import SPLIT_PATTERNS, byte_of_character, find_bulk_encoder, split_pattern
+from gpt.data.control import render_with_control, special_pattern
 from gpt.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers.models import Model
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Words with their leading space, runs of at most three digits, punctuation with its trailing newlines, indentation as one
-# piece: the split of GPT-4's tokenizer, which suits source code.
-SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -37,7 +36,7 @@ class Tokenizer:
 
     Args:
         backend: the `tokenizers` tokenizer that defines the ids.
-        check: text on which the fast encoder must agree before it is used.
+        check: text on which the bulk encoder must agree before it is used.
     """
 
     def __init__(self, backend: HFTokenizer, check: str = "") -> None:
@@ -51,12 +50,23 @@ class Tokenizer:
         """How a conversation becomes a text, in Jinja, as `transformers` renders it."""
         self.special_tokens: dict[str, str] = {}
         """bos_token, eos_token, pad_token, unk_token, where the tokenizer's own files name them."""
-        self._fast = _tiktoken_of(backend, check) if check else None
+        self._bulk = find_bulk_encoder(backend, check) if check else None
+        self._inner: dict[bool, HFTokenizer] = {}
 
     @property
     def is_fast(self) -> bool:
-        """Whether bulk encoding goes through tiktoken."""
-        return self._fast is not None
+        """Whether bulk encoding goes another way than through `tokenizers`."""
+        return self._bulk is not None
+
+    def describe(self) -> str:
+        """What it is, in a few words: "byte-level BPE, 2,048 ids, split gpt4"."""
+        spec = json.loads(self.backend.to_str())
+        model, pattern = spec["model"], split_pattern(spec)
+        ids, kind = f"{self.vocab_size:,} ids", str(model.get("type", "tokenizer"))
+        if kind == "BPE" and not model["merges"] and self._kind != "SentencePiece":
+            return f"{'bytes' if self._kind == 'byte-level' else 'characters'}, {ids}"
+        splits = [f"split {name}" for name, known in SPLIT_PATTERNS.items() if known == pattern]
+        return ", ".join([f"{self._kind} {kind}" if self._kind != "characters" else kind, ids, *splits])
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text; special tokens in it are taken as text."""
@@ -64,11 +74,11 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text to continue: behind what the tokenizer itself puts before a text, such as Llama's <|begin_of_text|>."""
-        encoding = self.backend.encode(text or "a")  # around nothing, what comes before it and what comes after are one
+        encoding = self.backend.encode(without_surrogates(text) or "a")  # around nothing, what comes before and after are one
         added = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
         return encoding.ids[:added] + self.encode(text)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The ids of a conversation, rendered by the chat template, up to where the assistant's next message begins.
 
         Args:
@@ -79,44 +89,70 @@ class Tokenizer:
         """
         from jinja2 import TemplateError
 
+        converted = self.to_transformers(0)
+
+        def render(conversation: list[dict[str, Any]]) -> str:
+            return converted.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+
         try:
-            text = self.to_transformers(0).apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text, control = render_with_control(render, messages, self.control_tokens())
         except TemplateError as error:
             raise UserError(f"the tokenizer's chat template refuses the conversation: {error}") from error
-        self.backend.encode_special_tokens = False  # the template's marks are control, not text
-        try:
-            return self.backend.encode(text, add_special_tokens=False).ids
-        finally:
-            self.backend.encode_special_tokens = True
+        return self.encode_with_offsets(text, control)[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of many texts, uint32 each."""
-        if self._fast is not None:
-            with suppress(ValueError):  # its regex engine gives up on a run of about a million blanks
-                return [self._fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.uint32) for e in encodings]
+        """The ids of many texts, uint32 each; special tokens in them are text, lone surrogates U+FFFD."""
+        texts = [without_surrogates(text) for text in texts]
+        found = [self._bulk(text) if self._bulk is not None else None for text in texts]
+        others = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        encodings = iter(self.backend.encode_batch_fast(others, add_special_tokens=False) if others else ())
+        return [np.array(next(encodings).ids, dtype=np.uint32) if ids is None else ids for ids in found]
+
+    def encode_with_offsets(self, text: str, control: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text and where each stands in it; nothing is added before or behind.
+
+        Args:
+            text: is encoded once, so that tokens come to lie across the borders of what it was made from.
+            control: ranges of characters, [start, end), within which special tokens are control tokens; elsewhere they are text.
+
+        Returns:
+            The ids, and the characters of each, [start, end): all those that it holds a byte of.
+        """
+        text = without_surrogates(text)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for mark_start, mark_end, index in [*self._marks(text, control), (len(text), len(text), None)]:
+            if start < mark_start:
+                part_ids, part_offsets = self._encode_part(text[start:mark_start], start == 0)
+                ids += part_ids
+                offsets += [(a + start, b + start) for a, b in part_offsets] if start else part_offsets
+            if index is not None:
+                ids.append(index)
+                offsets.append((mark_start, mark_end))
+            start = mark_end
+        return ids, offsets
+
+    def control_tokens(self) -> dict[str, int]:
+        """The special tokens and their ids."""
+        return {token: index for token, (index, _) in self._control[0].items()}
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not valid UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        """The bytes that each id stands for, those of its name for a special token; b"" for an id without a token."""
+        return [self._pieces[index] for index in ids]
+
     def starting_with_space(self) -> list[int]:
         """The ids whose text begins with a space; none if the tokenizer is not byte-level."""
-        return [i for token, i in self.backend.get_vocab().items() if token[0] == "Ġ"] if _is_byte_level(self.backend) else []
+        return [i for token, i in self.backend.get_vocab().items() if token[0] == "Ġ"] if self._kind == "byte-level" else []
 
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int64: how many bytes of text each id stands for, 0 for special tokens."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        added = self.backend.get_added_tokens_decoder()
-        byte_level = _is_byte_level(self.backend)
-        for token, index in self.backend.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                lengths[index] = 0 if added[index].special else len(token.encode())
-            elif byte_level:
-                lengths[index] = len(token)
-            else:  # SentencePiece's way: "▁" for a space, "<0xE2>" for one byte
-                lengths[index] = 1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode())
+        lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        lengths[[*self.control_tokens().values()]] = 0
         return lengths
 
     def fingerprint(self) -> str:
@@ -138,42 +174,71 @@ class Tokenizer:
             model_max_length=context_length, clean_up_tokenization_spaces=False,
         )  # fmt: skip
 
+    @cached_property
+    def _kind(self) -> Literal["byte-level", "characters", "SentencePiece"]:
+        """How its tokens are written: in GPT-2's characters for bytes, as they are, or with "▁" for a space."""
+        decoder = self.backend.decoder
+        written = "" if decoder is None else decoder.__getstate__().decode()
+        if "ByteLevel" in written:
+            return "byte-level"
+        return "SentencePiece" if "▁" in written or "Metaspace" in written else "characters"
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE.
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        pieces = [b""] * self.vocab_size
+        added = self.backend.get_added_tokens_decoder()
+        to_byte = byte_of_character()
+        for token, index in self.backend.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                pieces[index] = added[index].content.encode()
+            elif self._kind == "byte-level":
+                pieces[index] = bytes(to_byte[c] for c in token) if to_byte.keys() >= {*token} else token.encode()
+            elif _BYTE_TOKEN.fullmatch(token):
+                pieces[index] = bytes([int(token[3:5], 16)])
+            else:
+                pieces[index] = (token.replace("▁", " ") if self._kind == "SentencePiece" else token).encode()
+        return pieces
 
-    Args:
-        texts: what to learn from.
-        vocab_size: ids to make: 256 bytes, the end-of-text token, and merges.
+    @cached_property
+    def _control(self) -> tuple[dict[str, tuple[int, AddedToken]], re.Pattern[str]]:
+        """The special tokens, their ids and rules, and what finds them in a text."""
+        tokens = {token.content: (index, token) for index, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        return tokens, special_pattern(tokens)
 
-    Raises:
-        UserError: vocab_size below 257, or more than the text has merges for.
-    """
-    from tokenizers import models, trainers
+    def _marks(self, text: str, control: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """Start, end and id of the control tokens; the blanks that a token takes with it belong to it."""
+        marks: list[tuple[int, int, int]] = []
+        for found in chain.from_iterable(self._control[1].finditer(text, start, end) for start, end in control):
+            index, token = self._control[0][found.group()]
+            start, end = found.span()
+            if token.lstrip:
+                start = max(len(text[:start].rstrip()), marks[-1][1] if marks else 0)
+            if token.rstrip:
+                end = len(text) - len(text[end:].lstrip())
+            marks.append((start, end, index))
+        return marks
 
-    if vocab_size < 257:
-        raise UserError(f"tokenizer.vocab_size={vocab_size} must be at least 257: 256 bytes and the end-of-text token")
-    backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=_byte_alphabet(), show_progress=False, max_token_length=32
-    )  # pyright: ignore[reportCallIssue]
-    backend.train_from_iterator(texts, trainer)
-    made = backend.get_vocab_size()
-    if made < vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size={vocab_size} is more than this text allows: its merges give {made}; set it to at most {made}"
-        )
-    return Tokenizer(backend)
+    def _encode_part(self, text: str, is_first: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of a text that holds no control token."""
+        normalizer = self.backend.normalizer
+        if self._keeps_bytes and (normalizer is None or normalizer.normalize_str(text) == text):
+            ids = self.encode_batch([text])[0]
+            ends = self._piece_lengths[ids].cumsum()
+            if ends.size and ends[-1] == len(text.encode()):
+                return ids.tolist(), _character_offsets(text, ends)
+        if is_first not in self._inner:
+            self._inner[is_first] = _without_surroundings(self.backend, is_first)
+        encoding = self._inner[is_first].encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
+    @cached_property
+    def _keeps_bytes(self) -> bool:
+        """Whether the bytes of its tokens are those of the normalised text, one behind the other, where nothing is added or left out."""
+        return self._kind == "byte-level" or (self._kind == "characters" and self.backend.pre_tokenizer is None)
 
-def byte_tokenizer() -> Tokenizer:
-    """One id a byte, and the end-of-text token."""
-    from tokenizers import models
-
-    vocab = {token: index for index, token in enumerate([END_OF_TEXT, *_byte_alphabet()])}
-    backend = _byte_level(models.BPE(vocab=vocab, merges=[]))
-    backend.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(backend)
+    @cached_property
+    def _piece_lengths(self) -> np.ndarray:
+        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
 
 
 def load_tokenizer(path: str | Path, check: str = "") -> Tokenizer:
@@ -231,64 +296,40 @@ def _download(hub_id: str) -> Path:
         raise UserError(f"no tokenizer.json in the folder {hub_id!r}, nor at the Hugging Face hub: {why}") from error
 
 
-def _byte_level(model: Model) -> HFTokenizer:
-    from tokenizers import Regex, decoders, pre_tokenizers
+def without_surrogates(text: str) -> str:
+    """The text with U+FFFD for every lone surrogate, which JSON can write and UTF-8 cannot."""
+    if text.isascii() or _SURROGATE.search(text) is None:
+        return text
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _character_offsets(text: str, ends: np.ndarray) -> list[tuple[int, int]]:
+    """Where tokens that end at these bytes of a text stand in it, in characters."""
+    starts = np.concatenate(([0], ends[:-1]))
+    if not text.isascii():
+        character = ((np.frombuffer(text.encode(), dtype=np.uint8) & 0xC0) != 0x80).cumsum()  # of each byte, from 1
+        starts, ends = character[starts] - 1, character[ends - 1]
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _without_surroundings(backend: HFTokenizer, is_first: bool) -> HFTokenizer:
+    """A copy that puts nothing around a text and whose offsets keep blanks; for a later part also no "▁" that only a first one has."""
     from tokenizers import Tokenizer as HFTokenizer
 
-    backend = HFTokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )  # pyright: ignore[reportAttributeAccessIssue]
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    return backend
-
-
-def _byte_alphabet() -> list[str]:
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's map from the printable characters that stand for bytes in a byte-level vocabulary to those bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _is_byte_level(backend: HFTokenizer) -> bool:
-    return "ByteLevel" in json.dumps(json.loads(backend.to_str()).get("decoder") or {})
+    spec = json.loads(backend.to_str())
+    spec["post_processor"] = None
+    if not is_first:
+        steps = spec["pre_tokenizer"] or {}
+        for step in steps.get("pretokenizers", [steps]):
+            if step.get("prepend_scheme") == "first":
+                step["prepend_scheme"] = "never"
+    copy = HFTokenizer.from_str(json.dumps(spec))
+    copy.encode_special_tokens = True
+    return copy
 
 
 def _end_of_text(backend: HFTokenizer) -> int | None:
     for token in (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>"):
         if (index := backend.token_to_id(token)) is not None:
             return index
-    return None
-
-
-def _tiktoken_of(backend: HFTokenizer, check: str) -> Any:
-    """The tiktoken encoding with the same ids, or None if this tokenizer is of another kind or the ids differ on `check`."""
-    import tiktoken
-
-    spec = json.loads(backend.to_str())
-    model, added = spec["model"], spec.get("added_tokens", [])
-    pattern = _split_pattern(spec.get("pre_tokenizer") or {})
-    if model.get("type") != "BPE" or spec.get("normalizer") or pattern is None or not all(t["special"] for t in added):
-        return None
-    to_byte = _byte_of_character()
-    special = {t["content"]: t["id"] for t in added}
-    ranks = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
-    encoding = tiktoken.Encoding("gpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    return encoding if encoding.encode_ordinary(check) == backend.encode(check, add_special_tokens=False).ids else None
-
-
-def _split_pattern(pre_tokenizer: dict[str, Any]) -> str | None:
-    """The regular expression of a pre-tokenizer that splits by one and then maps bytes to characters, as tiktoken does."""
-    match pre_tokenizer.get("pretokenizers"):
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            return pattern
     return None
