@@ -1,0 +1,1 @@
+"""Looking at data: what a model is given, as text."""
