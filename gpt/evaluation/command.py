@@ -7,21 +7,25 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt import __version__
 from gpt.commands import EvaluateConfig
-from gpt.data.sources import ReadReport, find_files
+from gpt.data.sources import ReadReport
 from gpt.errors import UserError
+from gpt.evaluation.examples import read_examples
 from gpt.evaluation.harness import find_tasks, run_tasks
-from gpt.evaluation.perplexity import compressed_bits_per_byte, strided_loss
+from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, score_batches, strided_loss, token_nll
 from gpt.evaluation.progress import note, progress_bar
-from gpt.evaluation.text import COMPRESSED_BYTES, EncodedText, encode_texts, read_texts
+from gpt.evaluation.text import COMPRESSED_BYTES, encode_texts, read_texts
 from gpt.inference.loading import Loaded, load_model
+from gpt.model.loss import IGNORE
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device, find_device
 
@@ -38,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
         raise UserError(f"output={config.output}: {'is a folder' if output.is_dir() else f'cannot write to the folder {output.parent}'}")
     tasks = find_tasks(config.tasks, config.tasks_dir) if config.tasks else None
-    texts = [] if config.tasks else _read(config)
+    texts = [] if config.tasks or config.on_examples else _read(config)
     device = find_device(config.device, config.precision)
     loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
     limit = loaded.model.config.context_length
@@ -49,6 +53,8 @@ def evaluate(config: EvaluateConfig) -> int:
     if tasks is not None:
         _quantize(config, loaded.model)
         report |= run_tasks(tasks, loaded, length, config)
+    elif config.on_examples:
+        report |= _on_examples(config, loaded, device, length)
     else:
         report |= _on_text(config, loaded, device, length, texts)
     if output is not None:
@@ -63,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> int:
 
 def _read(config: EvaluateConfig) -> list[str]:
     report = ReadReport()
-    texts = read_texts(find_files(config.data), config, report)
+    texts = read_texts(config, report)
     report.split_within_files &= config.part == "held_out"
     for line in report.warnings():
         note(line)
@@ -107,35 +113,81 @@ def _on_text(config: EvaluateConfig, loaded: Loaded, device: Device, length: int
     held_out = config.part == "held_out"
     data = {"source": config.data.source, "paths": config.data.paths, "part": "held_out" if held_out else "all"}
     report = {"data": data, "documents": encoded.documents, "tokens": tokens, "bytes": encoded.bytes, "stride": stride}
-    what = config.data.paths[0] if config.data.paths else f"data={config.data.source}"
-    what += f" and {len(config.data.paths) - 1} more" * (len(config.data.paths) > 1) + ", held out" * held_out
-    _row("text", f"{what}: {encoded.bytes:,} bytes, {tokens:,} tokens to score, documents: {encoded.documents:,}")
+    _row("text", f"{_source(config)}: {encoded.bytes:,} bytes, {tokens:,} tokens to score, documents: {encoded.documents:,}")
     _row("windows", f"{length:,} tokens, a new one every {stride:,}")
-    measured = _measure(config, loaded, device, encoded, length, stride)
+    as_it_is = replace(device, dtype=torch.float32)  # the weights are in the precision asked for: nothing to cast
+    lengths = loaded.tokenizer.byte_lengths()
+
+    def score(scored: Callable[[int], None]) -> HeldOutLoss:
+        return strided_loss(loaded.model, encoded.tokens, length, stride, config.batch, lengths, as_it_is, scored)
+
+    measured = _measure(config, score, tokens, encoded.bytes)
     compressed = compressed_bits_per_byte(encoded.text)
     of = "" if len(encoded.text) == encoded.bytes else f" of its first {COMPRESSED_BYTES >> 20} MiB"
     _row("the same text", f"{', '.join(f'{name}: {bits:.4f}' for name, bits in compressed.items())} bits per byte{of}")
-    report |= measured | {"compressed_bits_per_byte": compressed}
-    if config.quantize != "none":
-        print()
-        _quantize(config, loaded.model)
-        quantized = _measure(config, loaded, device, encoded, length, stride)
-        before, after = measured["loss"], quantized["loss"]
-        change = f"{after - before:+.4f} ({100 * (after - before) / before:+.2f} %)"
-        _row("difference", f"loss {before:.4f} -> {after:.4f}, {change}")
-        report[config.quantize] = quantized | {"loss_difference": after - before}
-    return report
+    return report | measured | {"compressed_bits_per_byte": compressed} | _quantized(config, loaded, measured, score, tokens, encoded.bytes)
 
 
-def _measure(config: EvaluateConfig, loaded: Loaded, device: Device, encoded: EncodedText, length: int, stride: int) -> dict[str, float]:
-    """Score the text and print the figures."""
-    as_it_is = replace(device, dtype=torch.float32)  # the weights are in the precision asked for: nothing to cast
+def _on_examples(config: EvaluateConfig, loaded: Loaded, device: Device, length: int) -> dict[str, Any]:
+    """Score what is to be learned of examples and print the figures; they are returned for the file."""
+    length = min(length, _LONG) if not config.context_length else length
+    examples, read = read_examples(config, loaded.tokenizer, length)
+    for line in read.warnings():
+        note(line)
+    held_out = config.part == "held_out"
+    report = {
+        "data": {"source": config.data.source, "paths": config.data.paths, "part": "held_out" if held_out else "all"},
+        "format": examples.format, "examples": examples.examples, "tokens": examples.tokens, "bytes": examples.bytes,
+        "counts": dict(examples.counts),
+    }  # fmt: skip
+    _row("examples", f"{_source(config)}: {examples.examples:,} of {examples.format}, {examples.tokens:,} tokens to score")
+    if examples.counts:
+        _row("", ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in sorted(examples.counts.items())))
+    as_it_is, lengths = replace(device, dtype=torch.float32), loaded.tokenizer.byte_lengths()
+
+    def nll(hidden: Tensor, targets: Tensor) -> Tensor:
+        counts = targets != IGNORE
+        return token_nll(loaded.model, hidden[counts], targets[counts])[0].sum()
+
+    def score(scored: Callable[[int], None]) -> HeldOutLoss:
+        result = score_batches(loaded.model, nll, examples.batches(config.batch), lengths, as_it_is, scored=scored)
+        assert result is not None
+        return result
+
+    measured = _measure(config, score, examples.tokens, examples.bytes)
+    return report | measured | _quantized(config, loaded, measured, score, examples.tokens, examples.bytes)
+
+
+Score = Callable[[Callable[[int], None]], HeldOutLoss]
+
+
+def _quantized(
+    config: EvaluateConfig, loaded: Loaded, measured: dict[str, float], score: Score, tokens: int, n_bytes: int
+) -> dict[str, Any]:
+    """Score once more with the weights quantised, if that is asked for, and print the difference."""
+    if config.quantize == "none":
+        return {}
+    print()
+    _quantize(config, loaded.model)
+    quantized = _measure(config, score, tokens, n_bytes)
+    before, after = measured["loss"], quantized["loss"]
+    _row("difference", f"loss {before:.4f} -> {after:.4f}, {after - before:+.4f} ({100 * (after - before) / before:+.2f} %)")
+    return {config.quantize: quantized | {"loss_difference": after - before}}
+
+
+def _source(config: EvaluateConfig) -> str:
+    """What is read, in words."""
+    paths = config.data.paths
+    what = paths[0] if paths else config.data.name or f"data={config.data.source}"
+    return what + f" and {len(paths) - 1} more" * (len(paths) > 1) + ", held out" * (config.part == "held_out")
+
+
+def _measure(config: EvaluateConfig, score: Score, tokens: int, n_bytes: int) -> dict[str, float]:
+    """Score and print the figures."""
     started = time.perf_counter()
-    with progress_bar("scoring", len(encoded.tokens) - 1) as advance:
-        result = strided_loss(
-            loaded.model, encoded.tokens, length, stride, config.batch, loaded.tokenizer.byte_lengths(), as_it_is, advance
-        )
-    result, seconds = replace(result, bytes=encoded.bytes), time.perf_counter() - started
+    with progress_bar("scoring", tokens) as advance:
+        result = score(advance)
+    result, seconds = replace(result, bytes=n_bytes), time.perf_counter() - started
     if not math.isfinite(result.loss):
         raise UserError(
             f"model={config.model}: its loss is {result.loss}; its weights are damaged, or too large for precision={config.precision}"

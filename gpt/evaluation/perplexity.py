@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt.data.batches import Batch
 from gpt.data.shards import TokenArray
 from gpt.model.loss import IGNORE, LinearCrossEntropy
 from gpt.model.transformer import GPT
@@ -78,26 +79,39 @@ def strided_windows(tokens: int, context_length: int, stride: int) -> Windows:
     return Windows(np.arange(1 - (-beyond // stride)) * stride, min(context_length, tokens - 1), context_length - stride)
 
 
+def window_batches(tokens: TokenArray, windows: Windows, batch: int) -> Iterator[Batch]:
+    """Windows of a text as batches, the last one padded with targets that do not count, so shapes never change.
+
+    Args:
+        tokens: the ids; IGNORE where a window reaches beyond the text.
+        windows: which of them.
+        batch: B.
+    """
+    for first in range(0, len(windows.starts), batch):
+        starts = windows.starts[first : first + batch]
+        rows = torch.full((batch, windows.length + 1), IGNORE)
+        rows[: len(starts)] = torch.from_numpy(tokens.windows(starts, windows.length + 1))
+        targets = rows[:, 1:].clone()
+        targets[: len(starts)][torch.from_numpy(starts > 0), : windows.overlap] = IGNORE
+        yield Batch(rows[:, :-1].clamp(min=0), targets, None)
+
+
 @torch.no_grad()
-def score_windows(
+def score_batches(
     model: GPT,
     nll: Callable[[Tensor, Tensor], Tensor],
-    tokens: TokenArray,
-    windows: Windows,
-    batch: int,
+    batches: Iterable[Batch],
     byte_lengths: np.ndarray,
     device: Device,
     stopped: Callable[[], bool] = lambda: False,
     scored: Callable[[int], None] = lambda tokens: None,
 ) -> HeldOutLoss | None:
-    """Score windows of a text.
+    """Score the targets of batches.
 
     Args:
         model: what to measure.
         nll: hidden states (B, T, E), targets (B, T) with IGNORE where nothing counts -> the sum of the others' nats.
-        tokens: the ids; IGNORE where a window reaches beyond the text.
-        windows: which of them.
-        batch: B; the last pass is padded with targets that do not count, so shapes never change.
+        batches: tokens and targets.
         byte_lengths: (V,) bytes per id.
         device: where.
         stopped: asked between passes; if it says so, None is returned.
@@ -107,18 +121,14 @@ def score_windows(
     model.eval()
     sums, counted, n_bytes = torch.zeros((), dtype=torch.float64), 0, 0
     try:
-        for first in range(0, len(windows.starts), batch):
+        for batch in batches:
             if stopped():
                 return None
-            starts = windows.starts[first : first + batch]
-            rows = torch.full((batch, windows.length + 1), IGNORE)
-            rows[: len(starts)] = torch.from_numpy(tokens.windows(starts, windows.length + 1))
-            inputs, targets = rows[:, :-1].clamp(min=0), rows[:, 1:].clone()
-            targets[: len(starts)][torch.from_numpy(starts > 0), : windows.overlap] = IGNORE
+            documents = None if batch.documents is None else batch.documents.to(device.type)
             with device.autocast():
-                hidden = model.hidden_states(inputs.to(device.type))
-            sums += nll(hidden, targets.to(device.type)).cpu().double()
-            ids = targets[targets != IGNORE].numpy()
+                hidden = model.hidden_states(batch.tokens.to(device.type), documents=documents)
+            sums += nll(hidden, batch.targets.to(device.type)).cpu().double()
+            ids = batch.targets[batch.targets != IGNORE].numpy()
             counted += len(ids)
             n_bytes += int(byte_lengths[ids].sum())
             scored(len(ids))
@@ -130,19 +140,17 @@ def score_windows(
 def held_out_loss(
     model: GPT,
     loss: LinearCrossEntropy,
-    tokens: TokenArray,
-    starts: np.ndarray,
-    batch: int,
+    batches: Iterable[Batch],
     byte_lengths: np.ndarray,
     device: Device,
     stopped: Callable[[], bool] = lambda: False,
 ) -> HeldOutLoss | None:
-    """Score windows of context_length tokens that start at `starts`, with the loss of training. The rest as for `score_windows`."""
+    """Score batches with the loss of training. The rest as for `score_batches`."""
 
     def nll(hidden: Tensor, targets: Tensor) -> Tensor:
         return loss(hidden, model.head.weight, targets)
 
-    return score_windows(model, nll, tokens, Windows(starts, model.config.context_length), batch, byte_lengths, device, stopped)
+    return score_batches(model, nll, batches, byte_lengths, device, stopped)
 
 
 def strided_loss(
@@ -155,7 +163,7 @@ def strided_loss(
     device: Device,
     scored: Callable[[int], None] = lambda tokens: None,
 ) -> HeldOutLoss:
-    """Score every token of a text but its first once, in `strided_windows`. The rest as for `score_windows`."""
+    """Score every token of a text but its first once, in `strided_windows`. The rest as for `score_batches`."""
     windows = strided_windows(len(tokens), context_length, stride)
     padded = TokenArray([*tokens.shards, np.full(windows.length, IGNORE)])  # for a last window that reaches beyond the text
 
@@ -163,8 +171,8 @@ def strided_loss(
         counts = targets != IGNORE
         return token_nll(model, hidden[counts], targets[counts])[0].sum()
 
-    batch = min(batch, len(windows.starts))
-    result = score_windows(model, nll, padded, windows, batch, byte_lengths, device, scored=scored)
+    batches = window_batches(padded, windows, min(batch, len(windows.starts)))
+    result = score_batches(model, nll, batches, byte_lengths, device, scored=scored)
     assert result is not None
     assert result.tokens == len(tokens) - 1
     return result

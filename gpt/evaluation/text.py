@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from gpt.commands import EvaluateConfig
+from gpt.data.config import DataConfig
+from gpt.data.deduplication import SeenDocuments
+from gpt.data.encoding import Reader
+from gpt.data.redaction import Redactor
 from gpt.data.shards import TokenArray
-from gpt.data.sources import Document, ReadReport, SourceFile, read_documents
+from gpt.data.sources import ReadReport, Source, open_source
+from gpt.data.survey import survey
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 
@@ -33,35 +39,42 @@ class EncodedText:
     text: bytes
 
 
-def read_texts(files: list[SourceFile], config: EvaluateConfig, report: ReadReport) -> list[str]:
-    """The documents to measure on: those that a run with this data holds out, or all, whole again where the border cuts them.
+def read_texts(config: EvaluateConfig, report: ReadReport) -> list[str]:
+    """The documents to measure on: those that a run with this data holds out, or all; filtered and redacted as the config says.
+
+    Args:
+        config: which data, and which part of it.
+        report: what is met while reading is added to it.
 
     Raises:
-        UserError: there is no text, or a file cannot be read.
+        UserError: there is no text, or it cannot be read.
     """
-    documents = read_documents(files, config.data, report)
-    if config.part == "held_out":
-        texts = [d.text for d in documents if d.held_out]
-        kind = " held-out"
-    else:
-        texts, kind = _whole(documents) if report.split_within_files else [d.text for d in documents], ""
+    data, held_out = config.data, config.part == "held_out"
+    sources = [open_source(part, data.on_error) for part in (data.parts if data.source == "mixture" else [data])]
+    texts = [text for source in sources for text in _read_source(source, data, held_out, report)]
     if not texts:
-        left_out = [f"{n} {what}" for n, what in ((report.empty_files, "empty"), (len(report.binary_files), "binary")) if n]
-        raise UserError(
-            f"data: there is no{kind} text in {len(files)} file{'s' * (len(files) > 1)}" + f" ({', '.join(left_out)})" * bool(left_out)
-        )
+        left_out = [f"{n} {what}" for n, what in ((report.empty_files, "empty"), (report.binary_files, "binary")) if n]
+        where = ", ".join(source.name for source in sources)
+        raise UserError(f"data: there is no{' held-out' * held_out} text in {where}" + f" ({', '.join(left_out)})" * bool(left_out))
     return texts
 
 
-def _whole(documents: list[Document]) -> list[str]:
-    """The texts of files that were cut in two; an empty part is not there."""
+def _read_source(source: Source, data: DataConfig, held_out: bool, report: ReadReport) -> list[str]:
+    hold_out = survey(source, data.holdout, 0).hold_out if held_out else None
+    seen = SeenDocuments(Path(":memory:")) if data.deduplicate == "exact" else None
+    redactor, counts = Redactor(data.redact), Counter()
     texts: list[str] = []
-    for previous, document in pairwise([None, *documents]):
-        assert document is not None
-        if previous is not None and (document.name, document.held_out, previous.held_out) == (f"{previous.name} (end)", True, False):
-            texts[-1] += document.text
-        else:
-            texts.append(document.text)
+    for batch in Reader(source.rows(report), report, data.min_characters, seen, examples=False):
+        for row in batch.rows:
+            text = redactor.text(row.values["text"], counts)
+            if hold_out is not None and hold_out.within:
+                texts += [end for end in hold_out.cut(text)[1:] if end]
+            elif hold_out is None or hold_out(row.name):
+                if row.piece:
+                    texts[-1] += text
+                else:
+                    texts.append(text)
+    report.split_within_files |= hold_out is not None and hold_out.within
     return texts
 
 

@@ -119,6 +119,20 @@ class KVCache:
             self.length += T
 
 
+def document_places(documents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where the tokens of packed documents stand, and whom they see: earlier tokens of their own document, and themselves.
+
+    Args:
+        documents: (B, T) int64, the number of each token's document; a document's tokens follow each other.
+        dtype: of the mask.
+
+    Returns:
+        positions (B, T) int64 within the documents, and the mask (B, 1, T, T) to add to attention scores.
+    """
+    visible = (documents[:, :, None] == documents[:, None, :]).tril()  # (B, T, T)
+    return visible.sum(-1, dtype=torch.int32).long() - 1, _additive(visible[:, None], dtype)
+
+
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
 
@@ -136,11 +150,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask
         (B, H, T, D) in q's dtype.
     """
     T, S = q.shape[2], k.shape[2]
-    if mask is None and torch.compiler.is_compiling() and q.device.type == "cpu" and T == S <= PLAIN_ATTENTION_MAX_LENGTH and not dropout:
-        return _plain_causal_attention(q, k, v)
+    if torch.compiler.is_compiling() and q.device.type == "cpu" and T == S <= PLAIN_ATTENTION_MAX_LENGTH and not dropout:
+        return _plain_causal_attention(q, k, v, mask)
     dtype, heads = q.dtype, q.shape[1]
     if T == 1 and heads != k.shape[1]:
         q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # a group's queries see the same keys: (B, K, H/K, D)
+    elif mask is not None and q.device.type != "cpu" and heads != k.shape[1]:
+        # A GPU's memory-efficient kernel takes a mask but no groups; with groups all scores would be kept. torch's flex_attention takes
+        # both, skips what no query sees and is faster there for packed documents; it is not used yet.
+        k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
     y = F.scaled_dot_product_attention(
         q.to(k.dtype), k, v, attn_mask=None if mask is None else mask.to(k.dtype), dropout_p=dropout,
         is_causal=mask is None and T == S and T > 1, enable_gqa=q.shape[1] != k.shape[1],
@@ -148,13 +166,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask
     return y.reshape(y.shape[0], heads, T, -1).to(dtype)
 
 
-def _plain_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _plain_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1).to(q.dtype) @ v
+    if mask is None:
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    else:
+        scores = scores + mask
+    return scores.softmax(-1).to(q.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -177,7 +199,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, E), rotary = (cos, sin) each (T, R) or (B, 1, T, R), mask of `KVCache.places` -> (B, T, E)."""
+        """x (B, T, E), rotary = (cos, sin) each (T, R) or (B, 1, T, R), mask as for `causal_attention` -> (B, T, E)."""
         B, T, _ = x.shape
         q, k, v = (self.q(x), self.k(x), self.v(x)) if self.qkv is None else self.qkv(x).split(self.widths, dim=-1)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)

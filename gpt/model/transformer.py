@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt.model.attention import Attention, KVCache
+from gpt.model.attention import Attention, KVCache, document_places
 from gpt.model.config import GPTConfig
 from gpt.model.feedforward import FeedForward
 from gpt.model.positions import rotary_tables, sinusoidal_table
@@ -147,16 +147,24 @@ class GPT(nn.Module):
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=0.02)
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 -> (B, T, E), after the final norm. With a cache, the T tokens are read after those it holds.
 
+        With documents (B, T) int64, the number of each token's document, a token sees only its own document, up to its own place,
+        and positions count from each document's first token.
+
         Raises:
-            ValueError: more tokens than context_length, or than the cache holds.
+            ValueError: more tokens than context_length, or than the cache holds; or a cache and documents.
         """
         T = tokens.shape[1]
         if cache is None and self.config.context_length < T:  # a cache refuses by itself
             raise ValueError(f"{T} tokens do not fit context_length={self.config.context_length}")
-        places, mask = cache.places(T) if cache is not None else (slice(0, T), None)
+        if documents is not None:
+            if cache is not None:
+                raise ValueError("a KV cache holds one document a row: it cannot be used with documents")
+            places, mask = document_places(documents, self._attention_dtype(tokens.device.type))
+        else:
+            places, mask = cache.places(T) if cache is not None else (slice(0, T), None)
         rotary = None
         if self.config.positions == "rotary":
             cos, sin = self.get_buffer("rotary_cos")[places], self.get_buffer("rotary_sin")[places]
@@ -168,9 +176,13 @@ class GPT(nn.Module):
             cache.advance(T)
         return self.final_norm(x)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V)."""
-        return self.head(self.hidden_states(tokens, cache))
+    def _attention_dtype(self, device: str) -> torch.dtype:
+        """What keys are in, so that a mask is made once in that dtype and not once a block."""
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.weight.dtype
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+        """tokens (B, T) int64, documents as for `hidden_states` -> logits (B, T, V)."""
+        return self.head(self.hidden_states(tokens, cache, documents))
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """How many parameters, each shared one once; without those of the embeddings and a tied head if asked."""

@@ -1,6 +1,6 @@
 """Checkpoints: written aside, flushed, renamed last; read only if whole.
 
-    checkpoints/step-00001000/model.safetensors  optimizer/state.safetensors  state.json  COMPLETE
+    checkpoints/step-00001000/model.safetensors  optimizer/state.safetensors  state.json  data_manifest.json  COMPLETE
 
 COMPLETE lists every file with its size and SHA-256, so a checkpoint that was cut short or damaged is known as such and the
 newest whole one is used. No pickle is written or read.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from gpt.errors import UserError
 from gpt.model.transformer import GPT
 
+MANIFEST = "data_manifest.json"
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -51,15 +52,25 @@ class TrainingState:
     interval_steps: int = 0
     corpus: str = ""
     """Fingerprint of the data."""
+    stream: dict[str, Any] | None = None
+    """Where a source that is read as it comes stands."""
 
 
-def save_checkpoint(directory: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer], state: TrainingState, keep_last: int) -> Path:
+def save_checkpoint(
+    directory: Path,
+    model: GPT,
+    optimizers: Sequence[torch.optim.Optimizer],
+    state: TrainingState,
+    keep_last: int,
+    manifest: dict[str, Any] | None = None,
+) -> Path:
     """Save a checkpoint, then remove old ones beyond the newest `keep_last` and the best.
 
     Args:
         directory: the run's checkpoints/ folder.
         model, optimizers, state: what to save.
         keep_last: how many to keep.
+        manifest: what the weights were trained on, kept beside them.
 
     Raises:
         OSError: it could not be written (disk full, not writable); earlier checkpoints are as they were.
@@ -74,6 +85,8 @@ def save_checkpoint(directory: Path, model: GPT, optimizers: Sequence[torch.opti
         save_file(model_tensors(model), aside / "model.safetensors")
         save_file(_optimizer_tensors(model, optimizers), aside / "optimizer" / "state.safetensors")
         (aside / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        if manifest is not None:
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         files = sorted(p for p in aside.rglob("*") if p.is_file())
         contents = {p.relative_to(aside).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
         (aside / "COMPLETE").write_text(json.dumps(contents, indent=1))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gpt.commands import ExportConfig
 from gpt.compose import load_run
 from gpt.config import RunConfig
-from gpt.data.shards import Index
+from gpt.data.config import DataConfig, SourceConfig
 from gpt.errors import UserError
 from gpt.inference.loading import Loaded, load_model
 from gpt.training.checkpoint import TrainingState
@@ -101,7 +103,6 @@ def model_card(config: RunConfig, summary: Summary, corpus: str = "") -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
-    names = ", ".join(Path(path).name for path in config.data.paths)
     model = config.model
     shape = (
         f"{model.n_layer} blocks of width {model.d_model}, {model.n_head} heads ({model.n_kv_head} for keys and values), "
@@ -109,14 +110,34 @@ def model_card(config: RunConfig, summary: Summary, corpus: str = "") -> str:
     )
     return environment.get_template("model_card.md.jinja").render(
         config=config, summary=summary, corpus=corpus, shape=shape, gpt_version=__version__, torch_version=torch.__version__,
-        data=f"text files ({names})" if names else "Python's standard library",
+        data=_named(config.data),
         init=Path(config.init).name if config.init and Path(config.init).expanduser().exists() else config.init,
     )  # fmt: skip
 
 
-def describe_corpus(index: Index) -> str:
-    """How much text a run trained on and how much it held out."""
-    return "; ".join(
-        f"{index.documents[split]:,} documents, {index.bytes[split] / 1e6:.1f} MB {name}"
-        for split, name in (("train", "to train on"), ("held_out", "held out"))
-    )
+def _named(data: DataConfig) -> str:
+    """What was trained on, in words."""
+    if data.parts:
+        return " and ".join(_named(DataConfig(**{f.name: getattr(part, f.name) for f in fields(SourceConfig)})) for part in data.parts)
+    if data.name:
+        return f"the dataset {data.name}"
+    if data.paths:
+        kind = {"text": "text files", "jsonl": "JSON rows", "parquet": "Parquet rows"}[data.source]
+        return f"{kind} ({', '.join(Path(path).name for path in data.paths)})"
+    return {
+        "stdlib": "Python's standard library", "stdlib_topics": "the chapters of Python's language reference",
+        "stdlib_docstrings": "functions of Python's standard library and their docstrings",
+    }[data.source]  # fmt: skip
+
+
+def describe_corpus(manifest: dict[str, Any]) -> str:
+    """How much a run trained on and how much it held out, in words."""
+    what = "documents" if manifest["kind"] == "text" else "examples"
+    found = []
+    for split, purpose in (("train", "to train on"), ("held_out", "held out")):
+        sizes = [source["splits"][split] for source in manifest["sources"] if "splits" in source]
+        if sizes:
+            documents, size = sum(each["documents"] for each in sizes), sum(each["bytes"] for each in sizes)
+            found.append(f"{documents:,} {what}, {size / 1e6:.1f} MB {purpose}")
+    licences = sorted({source["licence"] for source in manifest["sources"] if source.get("licence")})
+    return "; ".join(found) + (f"; licence: {', '.join(licences)}" if licences else "")

@@ -48,6 +48,8 @@ class Sample:
 
     prompt: str
     text: str
+    expected: str = ""
+    """How the held-out text goes on there, where the prompt is its beginning."""
 
 
 @dataclass(frozen=True)

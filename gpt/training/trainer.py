@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import errno
 import math
-import shutil
 import statistics
 import time
+from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from gpt.compose import load_run
 from gpt.config import RunConfig, parse_span
-from gpt.data.loader import TrainingBatches, held_out_windows
-from gpt.data.prepare import Corpus, prepare_corpus
+from gpt.data.batches import Batch, Batches
+from gpt.data.prefetch import Prefetch
+from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
-from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, held_out_loss
-from gpt.inference.generate import generate_text, whole_texts
+from gpt.evaluation.perplexity import HeldOutLoss, held_out_loss
 from gpt.inference.loading import load_model
-from gpt.inference.sampling import Sampling
 from gpt.model.config import GPTConfig
 from gpt.model.loss import IGNORE, LinearCrossEntropy
 from gpt.model.transformer import GPT
@@ -35,15 +34,17 @@ from gpt.runtime.compiling import CompileAhead, compile_model, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.signals import StopRequest
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole, save_checkpoint
-from gpt.training.export import describe_corpus, model_card
-from gpt.training.metrics import MetricsFile, read_metrics
+from gpt.training.data import OneBatch, TrainingData, open_training_data
+from gpt.training.metrics import MetricsFile
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.progress import Progress, say
-from gpt.training.report import Sample, Summary, write_report
+from gpt.training.results import write_results
 from gpt.training.run_directory import RunDirectory, new_run_id
 from gpt.training.schedule import learning_rate_factor
 
 MICRO_BATCH_TOKENS = 16384  # micro_batch=auto: the most tokens that go through the model at once
+# Of the data, what a run that goes on may have another value of: where things lie and how they are prepared, not what they are.
+_MAY_CHANGE = ("data.paths", "data.parts", "data.cache_dir", "data.workers", "data.memory_mb", "data.licence")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -103,32 +104,34 @@ class Trainer:
     def _set_up(self) -> None:
         config = self.config
         resumable = self._check_same_run()
-        self.sequences = config.train.batch_tokens // config.model.context_length
+        self.sequences = config.train.batch_tokens // config.sequence_length
         self.micro_batch = self._micro_batch()
         self.compiled, reason = should_compile(config.compile, self.device, *self._expected_length())
-        ahead = CompileAhead(self.device, self._expected_model(), self.micro_batch) if self.compiled else None
-        self.corpus = prepare_corpus(config.data, config.tokenizer, config.model.context_length, say)
+        ahead = None
+        if self.compiled:
+            documents = config.on_examples or config.data.document_mask
+            ahead = CompileAhead(self.device, self._expected_model(), self.micro_batch, config.sequence_length, documents)
+        self.data = open_training_data(config, self.sequences, say)
         if ahead is not None and not ahead.done():
             say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
             self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
-        self._set_vocab_size(self.corpus)
-        self.byte_lengths = self.corpus.tokenizer.byte_lengths()
+        self._set_vocab_size(self.data)
+        self.byte_lengths = self.data.tokenizer.byte_lengths()
         self.model = self._initial_model()
         self.model.to(self.device.type)
         self.model.tie()
         self.loss = LinearCrossEntropy(self.device.dtype)
         self.optimizers = build_optimizers(config.optimizer, self.model)
-        self.batches = TrainingBatches(self.corpus.train, config.model.context_length, self.sequences, config.seed)
-        self.held_out_starts = held_out_windows(self.corpus.held_out, config.model.context_length, config.train.eval_tokens)
-        self.state = TrainingState(corpus=self.corpus.fingerprint)
+        self.batches: Batches = OneBatch(self.data.batches) if config.train.overfit else self.data.batches
+        self.state = TrainingState(corpus=self.data.fingerprint)
         self.total_steps, self.total_seconds = self._length()
         if resumable:
             self._resume()
         self.metrics = MetricsFile(self.directory.metrics, self.state.step)
         self.directory.write_config(config)
         self.directory.write_environment(self.device)
-        self.corpus.tokenizer.save(self.directory.path / "tokenizer.json")
+        self.data.tokenizer.save(self.directory.path / "tokenizer.json")
         say(f"model: {self.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
         if self.compiled:
             compile_model(self.model, self.loss)
@@ -175,7 +178,8 @@ class Trainer:
         before = load_run(path)
         if not config.model.vocab_size:
             config.model.vocab_size = before.model.vocab_size
-        keys = ("seed", "init", "train.batch_tokens", "train.overfit", "optimizer.name", "data.source", "data.holdout", "data.on_error")
+        keys = ["seed", "init", "loss_on", "train.batch_tokens", "train.sequence_length", "train.overfit", "optimizer.name"]
+        keys += [key for key in _leaves("data", config.data) if key not in _MAY_CHANGE]
         for key in (*keys, *_leaves("model", config.model), *_leaves("tokenizer", config.tokenizer)):
             now, then = _value(config, key), _value(before, key)
             if now != then:
@@ -194,10 +198,12 @@ class Trainer:
                 f"(fingerprint {self.state.corpus}, then {state.corpus}); restore it, or choose another run.id"
             )
         self.state = state
+        if isinstance(self.data.batches, StreamingBatches) and state.stream is not None:
+            self.data.batches.load_state_dict(state.stream)
         say(f"resuming from {checkpoint} at step {state.step}")
 
-    def _set_vocab_size(self, corpus: Corpus) -> None:
-        model, have = self.config.model, corpus.tokenizer.vocab_size
+    def _set_vocab_size(self, data: TrainingData) -> None:
+        model, have = self.config.model, data.tokenizer.vocab_size
         if not model.vocab_size:
             model.vocab_size = have
         elif model.vocab_size < have:
@@ -209,7 +215,7 @@ class Trainer:
         """Sequences per pass: as configured, or the largest divisor of the batch within MICRO_BATCH_TOKENS."""
         if self.config.train.micro_batch != "auto":
             return self.config.train.micro_batch
-        most = max(1, MICRO_BATCH_TOKENS // self.config.model.context_length)
+        most = max(1, MICRO_BATCH_TOKENS // self.config.sequence_length)
         return max(d for d in range(1, min(self.sequences, most) + 1) if self.sequences % d == 0)
 
     def _length(self) -> tuple[int | None, float | None]:
@@ -221,6 +227,8 @@ class Trainer:
         budget = parse_span("train.budget", self.config.train.budget)
         if budget.unit == "seconds":
             return None, budget.amount
+        if budget.unit == "epochs" and not self.batches.windows:
+            raise UserError(f"train.budget={self.config.train.budget}: how long a stream is is not known; give steps, tokens or a time")
         steps = {
             "steps": budget.amount,
             "tokens": budget.amount / self.config.train.batch_tokens,
@@ -242,7 +250,12 @@ class Trainer:
         busy: list[float] = []  # seconds of each step since the last line of metrics
         warm = False
         self.model.train()
-        with StopRequest() as stop, Progress(self.total_seconds or self.total_steps or 0, self.total_steps is None) as progress:
+        with (
+            StopRequest() as stop,
+            Progress(self.total_seconds or self.total_steps or 0, self.total_steps is None) as progress,
+            closing(Prefetch(self.batches, state.step, pin=self.device.pins_memory)) as self.queue,
+        ):
+            waited = 0.0
             while True:
                 improved = self._validation_due() and self._validate(progress, stop)
                 if stop.signal or self._done():
@@ -262,7 +275,8 @@ class Trainer:
                 warm = True
                 state.seconds = time.monotonic() - self.started
                 if log_due:
-                    progress.update(self._log(*done, statistics.fmean(busy)))
+                    waited, before = self.queue.waited, waited
+                    progress.update(self._log(*done, statistics.fmean(busy), (waited - before) / sum(busy)))
                     busy.clear()
             state.seconds = time.monotonic() - self.started
             self._save(progress, required=True)
@@ -284,18 +298,18 @@ class Trainer:
         progress = state.step / self.total_steps if self.total_steps else state.seconds / (self.total_seconds or 1)
         factor = learning_rate_factor(config.schedule, state.step, self.total_steps, min(progress, 1.0))
         set_learning_rate(self.optimizers, factor)
-        tokens, targets = self.batches.batch(0 if config.train.overfit else state.step)
-        valid = int((targets != IGNORE).sum())
+        batch = self.queue.get(state.step)
+        valid = int((batch.targets != IGNORE).sum())
         torch.manual_seed(config.seed + (state.step << 20))  # dropout, as a function of the step alone
         total = torch.zeros((), device=device.type)
-        for first in range(0, len(tokens), self.micro_batch):
+        for first in range(0, len(batch.tokens), self.micro_batch):
             if stop.signal:
                 self._zero_grad()
                 return None
-            part = slice(first, first + self.micro_batch)
+            part = self._part(batch, first)
             with device.autocast():
-                hidden = self.model.hidden_states(tokens[part].to(device.type, non_blocking=True))
-            loss = self.loss(hidden, self.model.head.weight, targets[part].to(device.type, non_blocking=True)) / valid
+                hidden = self.model.hidden_states(part.tokens, documents=part.documents)
+            loss = self.loss(hidden, self.model.head.weight, part.targets) / valid
             loss.backward()
             total += loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.train.grad_clip or math.inf, foreach=True)
@@ -310,7 +324,16 @@ class Trainer:
         self._zero_grad()
         state.step += 1
         state.tokens += valid
+        state.stream = self.queue.state_dict()
         return factor, grad_norm.item()
+
+    def _part(self, batch: Batch, first: int) -> Batch:
+        """The rows of a micro-batch, on the device."""
+
+        def moved(rows: Tensor) -> Tensor:
+            return rows[first : first + self.micro_batch].to(self.device.type, non_blocking=True)
+
+        return Batch(moved(batch.tokens), moved(batch.targets), None if batch.documents is None else moved(batch.documents))
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -330,19 +353,20 @@ class Trainer:
         kept = list_checkpoints(self.directory.checkpoints)
         return f"the last checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
 
-    def _log(self, factor: float, grad_norm: float, seconds_per_step: float) -> dict[str, Any]:
+    def _log(self, factor: float, grad_norm: float, seconds_per_step: float, data_wait: float) -> dict[str, Any]:
         state, config = self.state, self.config
         rate = config.train.batch_tokens / seconds_per_step
         peak = self.device.peak_flops
         line = {
             "step": state.step,
             "tokens": state.tokens,
-            "epoch": state.tokens / self.batches.tokens_per_epoch,
+            "epoch": state.tokens / self.batches.tokens_per_epoch if self.batches.tokens_per_epoch else None,
             "loss": state.interval_loss / state.interval_steps if state.interval_steps else math.nan,
             "lr": config.optimizer.lr * factor,
             "grad_norm": grad_norm,
             "tokens_per_second": rate,
             "mfu": rate * self.model.flops_per_token() / peak if peak else None,
+            "data_wait": data_wait,
             "memory_bytes": self.device.memory_bytes(),
             "seconds": state.seconds,
             "skipped_steps": state.skipped_steps,
@@ -354,7 +378,7 @@ class Trainer:
     def _validate(self, progress: Progress, stop: StopRequest) -> bool:
         """Validate on the fixed held-out windows; whether this is the best so far."""
         state = self.state
-        result = self._held_out(self.held_out_starts, stop)
+        result = self._held_out(self.config.train.eval_tokens, stop)
         if result is None:  # interrupted
             return False
         state.validated_step, state.seconds = state.step, time.monotonic() - self.started
@@ -367,16 +391,16 @@ class Trainer:
         state.best_val_loss, state.best_step = result.loss, state.step
         return True
 
-    def _held_out(self, starts: Any, stop: StopRequest | None = None) -> HeldOutLoss | None:
+    def _held_out(self, limit: int, stop: StopRequest | None = None) -> HeldOutLoss | None:
         stopped = (lambda: stop.signal is not None) if stop is not None else (lambda: False)
-        return held_out_loss(
-            self.model, self.loss, self.corpus.held_out, starts, self.micro_batch, self.byte_lengths, self.device, stopped
-        )  # fmt: skip
+        batches = self.data.held_out(self.micro_batch, limit)
+        return held_out_loss(self.model, self.loss, batches, self.byte_lengths, self.device, stopped)
 
     def _save(self, progress: Progress, required: bool) -> None:
         """Save a checkpoint. One that fails within the run is only said: the run goes on, and earlier ones stay."""
         try:
-            save_checkpoint(self.directory.checkpoints, self.model, self.optimizers, self.state, self.config.checkpoint.keep_last)
+            keep_last = self.config.checkpoint.keep_last
+            save_checkpoint(self.directory.checkpoints, self.model, self.optimizers, self.state, keep_last, self.data.manifest)
         except OSError as error:
             if required:
                 problem = f"run.dir: the checkpoint of step {self.state.step} could not be written ({error})"
@@ -391,51 +415,10 @@ class Trainer:
         best = self.directory.checkpoints / f"step-{state.best_step or 0:08d}"
         if state.best_step is not None and best.is_dir() and state.best_step != state.step:
             load_weights(best, self.model)
-        starts = held_out_windows(self.corpus.held_out, config.model.context_length, config.train.final_eval_tokens)
-        held_out = self._held_out(starts)
+        held_out = self._held_out(config.train.final_eval_tokens)
         assert held_out is not None
-        targets = self.corpus.held_out.windows(starts + 1, config.model.context_length)
-        text = self.corpus.tokenizer.decode(targets[targets != self.corpus.tokenizer.end_of_text])
-        compressed = compressed_bits_per_byte(text.encode())
-        rates = [m["tokens_per_second"] for m in read_metrics(self.directory.metrics) if "tokens_per_second" in m]
-        summary = Summary(
-            title=config.run.id,
-            model=f"{self.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
-            steps=state.step, tokens=state.tokens, seconds=state.seconds,
-            tokens_per_second=statistics.median(rates) if rates else 0.0,
-            best_val_loss=state.best_val_loss, best_step=state.best_step, val_bpb=held_out.bits_per_byte,
-            gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
-            skipped_steps=state.skipped_steps, finished=True,
-        )  # fmt: skip
-        aside = path / ".model.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        card = model_card(config, summary, describe_corpus(self.corpus.index))
-        self.model.save_pretrained(aside, tokenizer=self.corpus.tokenizer, card=card)
-        shutil.rmtree(self.directory.model, ignore_errors=True)
-        aside.rename(self.directory.model)
-        samples = self._samples()
-        report = write_report(path, samples, summary)
-        for sample in samples:
-            say(f"\n--- {sample.prompt!r} continues:\n{sample.prompt}{sample.text}")
-        say(
-            f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
-            f"\nheld-out text ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte "
-            f"({', '.join(f'{name}: {figure:.2f}' for name, figure in compressed.items())}), loss {held_out.loss:.3f} per token"
-            f"\nmodel:  {self.directory.model}\nreport: {report}"
-            f'\nwrite:  gpt generate model={path} prompt="import "'
-        )
+        write_results(config, self.directory, state, self.model, self.data, held_out, say)
         return Result(0, path, state, held_out)
-
-    def _samples(self) -> list[Sample]:
-        train = self.config.train
-        self.model.eval()
-        sampling = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=self.config.seed)
-        with torch.compiler.set_stance("force_eager"):
-            pieces = generate_text(
-                self.model, self.corpus.tokenizer, train.sample_prompts, train.sample_tokens, sampling, overflow="slide"
-            )  # fmt: skip
-            texts = whole_texts(pieces, len(train.sample_prompts))
-        return [Sample(prompt, text) for prompt, text in zip(train.sample_prompts, texts, strict=True)]
 
 
 def _leaves(prefix: str, section: Any) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.data.tokenizer import byte_tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.model.config import GPTConfig
 from gpt.model.transformer import GPT
 

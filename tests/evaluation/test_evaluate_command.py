@@ -8,8 +8,10 @@ import yaml
 from torch import nn
 
 from gpt.commands import EvaluateConfig
-from gpt.config import DataConfig, RunConfig
-from gpt.data.tokenizer import byte_tokenizer, load_tokenizer
+from gpt.config import RunConfig
+from gpt.data.config import DataConfig
+from gpt.data.tokenizer import load_tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.evaluation import command
 from gpt.evaluation.command import evaluate

@@ -11,11 +11,13 @@ from gpt.data.loader import held_out_windows
 from gpt.data.shards import TokenArray
 from gpt.evaluation.perplexity import (
     HeldOutLoss,
+    Windows,
     compressed_bits_per_byte,
     held_out_loss,
     strided_loss,
     strided_windows,
     token_nll,
+    window_batches,
 )
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
@@ -48,7 +50,7 @@ def measure(
     tokens = TokenArray(np.split(text, [20, 63]))
     where = held_out_windows(tokens, T) if starts is None else np.array(starts)
     loss, device = LinearCrossEntropy(dtype, chunk=24), Device("cpu", "CPU", dtype, None)
-    return held_out_loss(model, loss, tokens, where, batch, BYTE_LENGTHS, device, **settings)
+    return held_out_loss(model, loss, window_batches(tokens, Windows(where, T), batch), BYTE_LENGTHS, device, **settings)
 
 
 def reference(model: GPT, text: np.ndarray, starts: list[int]) -> tuple[float, int]:
@@ -214,7 +216,8 @@ def test_fewer_tokens_of_context_than_the_model_reads(rich_model):
 def test_windows_without_overlap_are_those_of_training(rich_model):
     ids = np.random.default_rng(3).integers(0, V, 5 * CONTEXT + 1).astype(np.uint16)
     tokens, device = TokenArray([ids]), Device("cpu", "CPU", torch.float32, None)
-    trained = held_out_loss(rich_model, LinearCrossEntropy(), tokens, held_out_windows(tokens, CONTEXT), 3, BYTE_LENGTHS, device)
+    batches = window_batches(tokens, Windows(held_out_windows(tokens, CONTEXT), CONTEXT), 3)
+    trained = held_out_loss(rich_model, LinearCrossEntropy(), batches, BYTE_LENGTHS, device)
     measured = strided(rich_model, ids, CONTEXT)
     assert trained is not None
     assert (measured.tokens, measured.bytes) == (trained.tokens, trained.bytes)

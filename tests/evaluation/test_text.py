@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.commands import EvaluateConfig
-from gpt.config import DataConfig, TokenizerConfig
+from gpt.data.config import DataConfig, PartConfig, TokenizerConfig
 from gpt.data.prepare import prepare_corpus
-from gpt.data.sources import ReadReport, find_files
-from gpt.data.tokenizer import Tokenizer, byte_tokenizer
+from gpt.data.sources import ReadReport
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.evaluation import text as module
 from gpt.evaluation.text import EncodedText, encode_texts, read_texts
@@ -21,7 +23,7 @@ def ids_of(encoded: EncodedText) -> list[int]:
 
 def read(folder: Path, part, **data) -> list[str]:
     config = EvaluateConfig(model="x", data=DataConfig(source="text", paths=[str(folder)], **data), part=part)
-    return read_texts(find_files(config.data), config, ReadReport())
+    return read_texts(config, ReadReport())
 
 
 def without_separator() -> Tokenizer:
@@ -35,18 +37,47 @@ def without_separator() -> Tokenizer:
 # What is read
 
 
-@pytest.mark.parametrize("holdout", [0.05, 0.4])  # cut within the files, and by files
-def test_held_out_is_what_a_run_holds_out(corpus, cache_dir, holdout):
-    data = DataConfig(source="text", paths=[str(corpus)], holdout=holdout, cache_dir=str(cache_dir))
+FILTERS = {"deduplicate": "exact", "min_characters": 20, "redact": ["email"]}
+
+
+@pytest.fixture
+def mails(corpus, tmp_path) -> Path:
+    """The corpus and some files that filters leave out or change."""
+    folder = tmp_path / "mails"
+    shutil.copytree(corpus, folder)
+    for number in range(12):
+        (folder / f"mail{number}.txt").write_text(f"from someone-{number % 9}@example.com, who has no more to say\n" * 3)
+        (folder / f"tiny{number}.txt").write_text(f"tiny {number}")
+    return folder
+
+
+@pytest.mark.parametrize("filters", [{}, FILTERS], ids=["as it is", "filtered"])
+@pytest.mark.parametrize("pieces", [1 << 20, 700], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("holdout", [0.05, 0.4], ids=["cut within", "by file"])
+def test_held_out_is_what_a_run_holds_out(mails, tmp_path, monkeypatch, holdout, filters, pieces):
+    monkeypatch.setattr("gpt.data.sources.PIECE_BYTES", pieces)
+    data = DataConfig(source="text", paths=[str(mails)], holdout=holdout, cache_dir=str(tmp_path / "cache"), **filters)
     trained = prepare_corpus(data, TokenizerConfig(name="byte"), 16, lambda text: None)
-    encoded = encode_texts(read(corpus, "held_out", holdout=holdout), trained.tokenizer, 257)
-    assert ids_of(encoded) == np.concatenate(trained.held_out.shards).tolist()
-    assert (encoded.bytes, encoded.documents) == (trained.index.bytes["held_out"], trained.index.documents["held_out"])
+    part = trained.parts[0]
+    encoded = encode_texts(read(mails, "held_out", holdout=holdout, **filters), trained.tokenizer, 257)
+    assert ids_of(encoded) == np.concatenate(part.held_out.tokens.shards).tolist()
+    assert (encoded.bytes, encoded.documents) == (part.index.bytes["held_out"], part.index.documents["held_out"])
+
+
+def test_of_a_mixture_every_part_is_held_out(mails, corpus, tmp_path):
+    parts = [PartConfig(source="text", paths=[str(folder)]) for folder in (mails, corpus)]
+    data = DataConfig(source="mixture", parts=parts, holdout=0.4, cache_dir=str(tmp_path / "cache"))
+    trained = prepare_corpus(data, TokenizerConfig(name="byte"), 16, lambda text: None)
+    texts = read_texts(EvaluateConfig(model="x", data=data, part="held_out"), ReadReport())
+    expected = [i for part in trained.parts for i in np.concatenate(part.held_out.tokens.shards).tolist()]
+    assert ids_of(encode_texts(texts, trained.tokenizer, 257)) == expected
 
 
 @pytest.mark.parametrize("part", ["all", "auto"])
+@pytest.mark.parametrize("pieces", [1 << 20, 700], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("holdout", [0.05, 0.4])
-def test_all_is_the_files_as_they_are(corpus, part, holdout):
+def test_all_is_the_files_as_they_are(corpus, part, holdout, pieces, monkeypatch):
+    monkeypatch.setattr("gpt.data.sources.PIECE_BYTES", pieces)
     assert read(corpus, part, holdout=holdout) == [p.read_text(encoding="utf-8") for p in sorted(corpus.iterdir())]
 
 
@@ -59,10 +90,13 @@ def test_files_that_are_cut_at_their_very_beginning(tmp_path):
 def test_no_text(tmp_path):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "binary").write_bytes(b"\0\1")
-    with pytest.raises(UserError, match=r"^data: there is no text in 2 files \(1 empty, 1 binary\)$"):
+    with pytest.raises(UserError, match=r"^data: there is no text in text: 2 files \(1 empty, 1 binary\)$"):
         read(tmp_path, "all")
-    with pytest.raises(UserError, match=r"^data: there is no held-out text in 2 files"):
+    with pytest.raises(UserError, match=r"^data: there is no text in text: 2 files"):
         read(tmp_path, "held_out")
+    (tmp_path / "text").write_text("x" * 500)
+    with pytest.raises(UserError, match=r"^data: there is no held-out text in text: 3 files \(1 empty, 1 binary\)$"):
+        read(tmp_path, "held_out", min_characters=1000)
 
 
 # What becomes of it

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from stock_models import OURS, make_ours
 
-from gpt.data.tokenizer import Tokenizer, train_bpe
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_training import train_bpe
 from gpt.model import huggingface
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig
-from gpt.model.attention import KVCache, _plain_causal_attention, causal_attention
+from gpt.model.attention import KVCache, _plain_causal_attention, causal_attention, document_places
 from gpt.model.positions import rotary_tables, rotate, sinusoidal_table
 
 SHAPES = {
@@ -220,6 +220,8 @@ def test_plain_attention_is_the_fused_one(heads):
     q, k, v = torch.randn(2, n_head, 33, 16), torch.randn(2, n_kv_head, 33, 16), torch.randn(2, n_kv_head, 33, 16)
     with torch.no_grad():
         torch.testing.assert_close(_plain_causal_attention(q, k, v), causal_attention(q, k, v), atol=1e-5, rtol=1e-5)
+        _, mask = document_places(torch.randint(0, 3, (2, 33)).sort(-1).values, torch.float32)
+        torch.testing.assert_close(_plain_causal_attention(q, k, v, mask), causal_attention(q, k, v, mask=mask), atol=1e-5, rtol=1e-5)
 
 
 def test_sinusoidal_table_is_the_papers_formula():

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt import GPT, GPTConfig, Trainer
 from gpt.commands import ExportConfig
 from gpt.compose import compose_run, compose_use
-from gpt.data.tokenizer import byte_tokenizer, load_tokenizer
+from gpt.data.tokenizer import load_tokenizer
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.training.export import export
 

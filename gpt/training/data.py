@@ -1,0 +1,139 @@
+"""What a run trains on and is measured on: a prepared corpus, or a source that is read as it comes, behind one face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gpt.config import RunConfig
+from gpt.data.batches import Batch, Batches
+from gpt.data.conversations import chat_template_for
+from gpt.data.examples import ExampleSettings
+from gpt.data.loader import build_batches, held_out_batches
+from gpt.data.prepare import Corpus, prepare_corpus
+from gpt.data.streamed import prepare_streams
+from gpt.data.tokenizer import Tokenizer
+from gpt.errors import UserError
+from gpt.model.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The beginning of a held-out text, and how it goes on there."""
+
+    ids: list[int]
+    expected: str
+
+
+@dataclass
+class TrainingData:
+    """Data of a run.
+
+    Attributes:
+        tokenizer: that made its ids.
+        batches: to train on.
+        fingerprint: changes with the data, the tokenizer or the split.
+        manifest: what the data is, for people and for the record.
+        on_examples: whether rows are packed examples, rather than windows of text.
+        held_out: (sequences of a batch, most tokens) -> batches to measure on.
+        prompts: (how many) -> beginnings of held-out texts.
+    """
+
+    tokenizer: Tokenizer
+    batches: Batches
+    fingerprint: str
+    manifest: dict[str, Any]
+    on_examples: bool
+    held_out: Callable[[int, int], Iterator[Batch]]
+    prompts: Callable[[int], list[Prompt]]
+
+    def held_out_text(self, limit: int, most_bytes: int) -> str:
+        """The text of the held-out targets, for other compressors to be tried on; at most about so many bytes."""
+        lengths, end, parts, size = self.tokenizer.byte_lengths(), self.tokenizer.end_of_text, [], 0
+        for batch in self.held_out(1, limit):
+            ids = batch.targets[(batch.targets != IGNORE) & (batch.targets != (-1 if end is None else end))]
+            parts.append(ids)
+            size += int(lengths[ids.numpy()].sum())
+            if size >= most_bytes:
+                break
+        return self.tokenizer.decode(_joined(parts))
+
+
+class OneBatch:
+    """The first of some batches, again and again."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.tokens_per_epoch, self.windows = batches.tokens_per_epoch, batches.windows  # the budget counts as without it
+        self._batches = batches
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The first one."""
+        return self._batches.batch(0, rank, world)
+
+
+def _joined(parts: list[Tensor]) -> list[int]:
+    return [index for part in parts for index in part.tolist()]
+
+
+def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], None]) -> TrainingData:
+    """The data of a run.
+
+    Args:
+        config: the run.
+        sequences: of a batch, over all micro-batches and ranks.
+        say: takes progress messages.
+
+    Raises:
+        UserError: it cannot be read, is too little, or is of a kind that this model does not learn.
+    """
+    length, data = config.sequence_length, config.data
+    if data.streaming:
+        most = max(config.train.eval_tokens, config.train.final_eval_tokens)
+        corpus, batches = prepare_streams(data, config.tokenizer, length, sequences, config.seed, most, say)
+    else:
+        examples = None
+        if config.on_examples:
+            examples = ExampleSettings(data.format, config.loss_on, data.too_long, length, data.labels)
+        corpus = prepare_corpus(data, config.tokenizer, length, say, examples)
+        if corpus.kind in ("text_label", "tokens_tags"):
+            raise UserError(
+                f"data: its rows are of the format {corpus.kind}, which needs a classification head, and this model continues text; "
+                "look at them with gpt inspect, or choose rows of prompt and completion, messages or text"
+            )
+        batches = build_batches(corpus, data, length, sequences, config.seed)
+    template, is_ours = chat_template_for(corpus.tokenizer)
+    if is_ours and any(source.get("format") == "messages" for source in corpus.manifest["sources"]):
+        say("note: the tokenizer has no chat template: a plain one is used, and goes with the exported model")
+        corpus.tokenizer.chat_template = template
+    return TrainingData(
+        corpus.tokenizer,
+        batches,
+        corpus.fingerprint,
+        corpus.manifest,
+        config.on_examples,
+        lambda batch, limit: held_out_batches(corpus, data, length, batch, limit),
+        lambda count: _held_out_prompts(corpus, count),
+    )
+
+
+def _held_out_prompts(corpus: Corpus, count: int) -> list[Prompt]:
+    """The first held-out examples, cut where their learned part begins, or texts, cut after some words."""
+    found = []
+    split = corpus.parts[0].held_out
+    for start, end in zip(split.documents[:count].tolist(), split.documents[1 : count + 1].tolist(), strict=True):
+        ids = split.tokens.windows(np.array([start]), end - start)[0]
+        if split.labels is None:
+            border, last = min(32, len(ids) // 2), min(len(ids), 160)
+        else:
+            learned = np.flatnonzero(split.labels.windows(np.array([start]), end - start)[0] != IGNORE)
+            border = int(learned[0])
+            later = np.flatnonzero(np.diff(learned) > 1)  # of a conversation, the first answer
+            last = int(learned[later[0]] if len(later) else learned[-1]) + 1
+        if border:
+            expected = [index for index in ids[border:last].tolist() if index != corpus.tokenizer.end_of_text]
+            found.append(Prompt(ids[:border].tolist(), corpus.tokenizer.decode(expected)))
+    return found

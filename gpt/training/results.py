@@ -1,0 +1,109 @@
+"""What a finished run leaves: the weights as a Hugging Face directory, samples and a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gpt.config import RunConfig
+from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte
+from gpt.inference.generate import generate_text, whole_texts
+from gpt.inference.sampling import Sampling
+from gpt.model.transformer import GPT
+from gpt.training.checkpoint import MANIFEST, TrainingState
+from gpt.training.data import TrainingData
+from gpt.training.export import describe_corpus, model_card
+from gpt.training.metrics import read_metrics
+from gpt.training.report import Sample, Summary, write_report
+from gpt.training.run_directory import RunDirectory
+
+_SAMPLES = 3  # held-out prompts to continue where the config names none
+_COMPRESSED_BYTES = 1 << 24  # xz takes a second or more for each MiB
+
+
+def write_results(
+    config: RunConfig,
+    directory: RunDirectory,
+    state: TrainingState,
+    model: GPT,
+    data: TrainingData,
+    held_out: HeldOutLoss,
+    say: Callable[[str], None],
+) -> None:
+    """Export the weights, continue some prompts, write the report, and say how it went."""
+    metrics = read_metrics(directory.metrics)
+    compressed = {} if data.on_examples else _compressed(config, data)
+    rates = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
+    waits = [line["data_wait"] for line in metrics if "data_wait" in line]
+    summary = Summary(
+        title=config.run.id,
+        model=f"{model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
+        steps=state.step, tokens=state.tokens, seconds=state.seconds,
+        tokens_per_second=statistics.median(rates) if rates else 0.0,
+        best_val_loss=state.best_val_loss, best_step=state.best_step, val_bpb=held_out.bits_per_byte,
+        gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
+        skipped_steps=state.skipped_steps, finished=True,
+    )  # fmt: skip
+    _export(config, directory, model, data, model_card(config, summary, describe_corpus(data.manifest)))
+    samples = _samples(config, model, data)
+    report = write_report(directory.path, samples, summary)
+    for sample in samples:
+        say(f"\n--- {sample.prompt[-500:]!r} continues:\n{sample.prompt[-500:]}{sample.text}")
+        if sample.expected:
+            say(f"--- expected: {sample.expected}")
+    what = "held-out examples" if data.on_examples else "held-out text"
+    beside = "".join(f"{name}: {figure:.2f}, " for name, figure in compressed.items())
+    say(
+        f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s; "
+        f"{statistics.fmean(waits) if waits else 0.0:.2%} of the time waiting for data)"
+        f"\n{what} ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte "
+        f"({beside}loss {held_out.loss:.3f} per token)"
+        f"\nmodel:  {directory.model}\nreport: {report}"
+        f"\nwrite:  gpt generate model={directory.path} {_use(data)}"
+    )
+
+
+def _use(data: TrainingData) -> str:
+    """How the command that tries the model goes on."""
+    return "interactive=true" if data.tokenizer.chat_template else 'prompt="..."' if data.on_examples else 'prompt="import "'
+
+
+def _compressed(config: RunConfig, data: TrainingData) -> dict[str, float]:
+    """What general compressors reach on the held-out text."""
+    text = data.held_out_text(config.train.final_eval_tokens, _COMPRESSED_BYTES)
+    return compressed_bits_per_byte(text.encode()[:_COMPRESSED_BYTES])
+
+
+def _export(config: RunConfig, directory: RunDirectory, model: GPT, data: TrainingData, card: str) -> None:
+    """Write `model/` aside and put it in its place."""
+    aside = directory.path / ".model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, tokenizer=data.tokenizer, card=card)
+    (aside / MANIFEST).write_text(json.dumps(data.manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    shutil.rmtree(directory.model, ignore_errors=True)
+    aside.rename(directory.model)
+
+
+def _samples(config: RunConfig, model: GPT, data: TrainingData) -> list[Sample]:
+    """The config's prompts continued, or those of held-out texts."""
+    train = config.train
+    model.eval()
+    sampling = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=config.seed)
+    expected = [""] * len(train.sample_prompts)
+    prompts: Sequence[str | list[int]] = train.sample_prompts
+    if not prompts:
+        found = data.prompts(_SAMPLES)
+        prompts, expected = [prompt.ids for prompt in found], [prompt.expected for prompt in found]
+        if data.on_examples:  # there is a right answer: what the model finds likeliest is compared with it
+            sampling = Sampling(temperature=0)
+    if not prompts:
+        return []
+    with torch.compiler.set_stance("force_eager"):
+        pieces = generate_text(model, data.tokenizer, prompts, train.sample_tokens, sampling, overflow="slide")
+        texts = whole_texts(pieces, len(prompts))
+    shown = [prompt if isinstance(prompt, str) else data.tokenizer.decode(prompt) for prompt in prompts]
+    return [Sample(*sample) for sample in zip(shown, texts, expected, strict=True)]
