@@ -73,11 +73,12 @@ def _one_line(text: str) -> str:
 
 def _dispatch(arguments: list[str]) -> int:
     from gpt import help as help_text
-    from gpt.typed import nearest_and_all
+    from gpt.typed import nearest, nearest_and_all
 
     if arguments[:1] == ["--version"]:
         print(f"gpt {__version__}")
         return 0
+    arguments = ["--help", *arguments[1:]] if arguments[:1] == ["help"] else arguments
     wants_help = "-h" in arguments or "--help" in arguments
     command, *rest = [a for a in arguments if a not in ("-h", "--help")] or [""]
     if rest and f"{command} {rest[0]}" in COMMANDS:
@@ -91,6 +92,10 @@ def _dispatch(arguments: list[str]) -> int:
         if command.startswith("-"):
             raise UserError(f"{command}: no such flag{nearest_and_all(command, FLAGS)}")
         raise UserError(f"{command or repr('')}: no such command{nearest_and_all(command, COMMANDS)}")
+    for longer in COMMANDS:
+        of, _, word = longer.partition(" ")
+        if of == command and word and rest and nearest(rest[0], [word]):
+            raise UserError(f"{command} {rest[0]}: no such command. Did you mean gpt {longer}?")
     rest, config_dir, show = _options(rest)
     if config_dir and not COMMANDS[command].root:
         raise UserError(f"--config-dir {config_dir}: gpt {command} has no config groups")

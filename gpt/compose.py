@@ -7,6 +7,8 @@ Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -17,7 +19,10 @@ from gpt.commands import COMMANDS, EvaluateConfig
 from gpt.config import RunConfig
 from gpt.data.config import TokenizerConfig
 from gpt.errors import UserError
-from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_keys
+from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_keys, shown
+
+# What each command calls the run or the model that it works on.
+_MODEL_KEYS = {"generate": "model", "evaluate": "model", "inspect": "model", "inspect tokens": "model", "export": "run", "finetune": "init"}
 
 
 def config_directory() -> Path:
@@ -51,12 +56,15 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
     """
     keys, options = schema_keys(RunConfig), groups(config_dir)
     del keys["command"]
-    settings = dict(_read(argument, keys, options) for argument in arguments)
+    settings = dict(_read(argument, keys, options, command) for argument in arguments)
     chosen = {name: settings.pop(name) for name in list(settings) if name in options}
-    run = Path(settings.get("resume") or "auto").expanduser()
-    if (run / "config.yaml").is_file():
+    resume = settings.get("resume") or "auto"
+    run = expanded(resume)
+    if os.path.isfile(run / "config.yaml"):  # which takes names that are too long
         config = _resumed(run, chosen, settings, keys)
     else:
+        if resume not in ("auto", "never") and not nearest(resume, ("auto", "never")):
+            refuse_no_run("resume", resume, "; give auto, never or a run directory")
         config = from_dict(RunConfig, _hydra_compose(config_dir, chosen, settings, RunConfig, COMMANDS[command].root))
         config.command = typing.cast(Any, command)
         if config.init:
@@ -103,19 +111,22 @@ def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None 
     schema = COMMANDS[command].config
     keys = schema_keys(schema)
     options = {group: names for group, names in groups(config_dir).items() if dataclasses.is_dataclass(keys.get(group))}
-    settings = dict(_read(argument, keys, options) for argument in arguments)
+    settings = dict(_read(argument, keys, options, command) for argument in arguments)
     chosen = {name: settings.pop(name) for name in list(settings) if name in options}
     values = _hydra_compose(config_dir, chosen, settings, schema, COMMANDS[command].root) if options else settings
     config = from_dict(schema, values)
-    if isinstance(config, EvaluateConfig) and not any(name.partition(".")[0] == "data" for name in (*chosen, *settings)):
-        _take_own_data(config)
+    if isinstance(config, EvaluateConfig):
+        if config.model:
+            refuse_no_run("model", config.model)  # before a text or the index of tasks is read, which takes seconds
+        if not any(name.partition(".")[0] == "data" for name in (*chosen, *settings)):
+            _take_own_data(config)
     config.validate()
     return config
 
 
 def _take_own_data(config: EvaluateConfig) -> None:
     """For an evaluation that names no data: what the model's own run trained on; what it held out of that, unless all is asked for."""
-    path = Path(config.model).expanduser()
+    path = expanded(config.model)
     run = next((p for p in (path, path.parent, path.parent.parent) if (p / "config.yaml").is_file()), path)  # its model, a checkpoint
     has_run = (run / "config.yaml").is_file()
     if config.model and not config.tasks and not has_run:
@@ -132,6 +143,47 @@ def _take_own_data(config: EvaluateConfig) -> None:
             config.context_length = config.context_length or own.sequence_length
     if config.part == "auto":
         config.part = "held_out"
+
+
+def expanded(path: str) -> Path:
+    """A path with `~` as the home directory, where there is one of that name."""
+    return Path(os.path.expanduser(path))
+
+
+def refuse_no_run(key: str, path: str, remedy: str = "") -> None:
+    """Raises UserError for a path with no run or model: nothing is there, or a folder of runs. An id of the hub is no path.
+
+    Args:
+        key: what the user calls `path`.
+        path: where a run or a model should be.
+        remedy: what to say where nothing is near; with one, `path` is never an id of the hub.
+    """
+    directory = expanded(path)
+    if not os.path.exists(directory):
+        if remedy or path.startswith(("/", ".", "~", "runs/")) or path.endswith("/") or path.count("/") > 1:
+            raise UserError(f"{key}={shown(path)}: there is no such directory{_near_directories(directory) or remedy}")
+    elif not any((directory / name).is_file() for name in ("config.json", "config.yaml")) and (runs := _newest_runs(directory)):
+        raise UserError(f"{key}={shown(path)}: this folder holds runs; name one of them, the newest first: {_some(runs)}")
+
+
+def _near_directories(directory: Path) -> str:
+    """What to say of the directories beside one that is not there: the nearest name, or else the newest runs."""
+    folders = [directory.parent, *([Path("runs")] if directory.parent == Path() else [])]  # a run's id alone
+    beside = {other.name: other for folder in folders for other in folder.glob("*/")}  # of a folder that cannot be read: none
+    if close := difflib.get_close_matches(directory.name, beside, 1, 0.6):
+        return f". Did you mean {beside[close[0]]}?"
+    runs = _newest_runs(*folders)
+    return f". There are, the newest first: {_some(runs)}" if runs else ""
+
+
+def _newest_runs(*folders: Path) -> list[Path]:
+    """The run directories in some folders, the one that was started last first."""
+    configs = [config for folder in folders for config in folder.glob("*/config.yaml")]
+    return [config.parent for config in sorted(configs, key=lambda config: config.stat().st_mtime, reverse=True)]
+
+
+def _some(runs: Sequence[Path]) -> str:
+    return ", ".join(map(str, runs[:3])) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
 
 
 def load_run(directory: Path) -> RunConfig:
@@ -151,7 +203,7 @@ def load_run(directory: Path) -> RunConfig:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _read(argument: str, keys: dict[str, Any], options: dict[str, list[str]]) -> tuple[str, Any]:
+def _read(argument: str, keys: dict[str, Any], options: dict[str, list[str]], command: str) -> tuple[str, Any]:
     """`key=value` -> the key and its value; `group=option` -> the group and its option, or None for none.
 
     Raises:
@@ -162,7 +214,7 @@ def _read(argument: str, keys: dict[str, Any], options: dict[str, list[str]]) ->
     if any("\ud800" <= character <= "\udfff" for character in argument):  # how Python holds bytes that it cannot decode
         raise UserError(f"{argument}: this argument is not valid UTF-8")
     if not bare or not (equals or name.startswith("~")):
-        raise UserError(f"{argument or repr('')}: must be {_meant(argument, known, options)}")
+        raise UserError(f"{argument or repr('')}: must be {_meant(argument, known, options, command)}")
     if bare not in known:
         raise UserError(f"{argument}: no such key{nearest_key(bare, known) or '; --help lists them'}")
     if name.startswith("~"):
@@ -174,12 +226,24 @@ def _read(argument: str, keys: dict[str, Any], options: dict[str, list[str]]) ->
     return name, _value(name, text, keys[name])
 
 
-def _meant(word: str, known: list[str], options: dict[str, list[str]]) -> str:
+def _meant(word: str, known: list[str], options: dict[str, list[str]], command: str) -> str:
     """What a word without `=` may have been meant to be."""
     if word in known:
         return f"{word}=<{'option' if word in options else 'value'}>, without spaces"
-    of = [f"{group}={word}" for group, names in options.items() if word in names]
+    of = [f"{group}={word}" for group, names in options.items() if word in names] or _meant_path(word, options, command)
     return f"key=value. Did you mean {of[0]}?" if len(of) == 1 else f"key=value{nearest(word, ['--help', '--cfg', '--config-dir', *known])}"
+
+
+def _meant_path(word: str, options: dict[str, list[str]], command: str) -> list[str]:
+    """The setting that a path may have been meant for, if the word is one."""
+    path = expanded(word)
+    is_model = command in _MODEL_KEYS and not os.path.isfile(path)
+    if "=" in word or not (os.path.exists(path) or "/" in word or word.startswith(("~", "."))):
+        return []
+    if is_model or (command == "pretrain" and (path / "config.yaml").is_file()):
+        return [f"{_MODEL_KEYS.get(command, 'resume')}={word}"]
+    source = path.suffix[1:] if path.suffix[1:] in options.get("data", ()) else "text"
+    return [f"data={source} data.paths=[{word}]"] if "data" in options else []
 
 
 def _option(group: str, text: str, options: list[str], optional: bool) -> str | None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import typing
@@ -230,19 +231,21 @@ class Span:
     """How many; greater than 0, not always whole."""
 
 
-_SPAN = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([kKMGBT]?)\s*(steps?|tokens?|epochs?|s|sec|min|h|)\s*$")
+_SECONDS = dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1)
+_SECONDS |= dict.fromkeys(("min", "mins", "minute", "minutes"), 60) | dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600)
+_AMOUNT = r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*"
+_SPAN = re.compile(rf"{_AMOUNT}([kKMGBT]?)\s*((?i:steps?|tokens?|epochs?|{'|'.join(_SECONDS)}|))\s*$")
 _SCALE = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-_SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 
 
 def parse_span(key: str, text: str, units: Sequence[str] = ("steps", "tokens", "epochs", "seconds")) -> Span:
-    """Read `500steps`, `10Mtokens`, `2epochs`, `90s`, `3min`, `2h`; a bare number counts steps.
+    """Read `500steps`, `10Mtokens`, `2epochs`, `90s`, `3min`, `2 hours`; a bare number counts steps.
 
     Raises:
         UserError: anything else, nothing at all, or a unit that is not among `units`.
     """
     if match := _SPAN.match(text):
-        amount, unit = float(match[1].replace("_", "")) * _SCALE[match[2]], match[3]
+        amount, unit = float(match[1].replace("_", "")) * _SCALE[match[2]], match[3].lower()
         if unit in _SECONDS:
             name, amount = "seconds", amount * _SECONDS[unit]
         else:
@@ -250,7 +253,19 @@ def parse_span(key: str, text: str, units: Sequence[str] = ("steps", "tokens", "
         if name in units and 0 < amount < math.inf and not (name == "steps" and amount < 1):
             return Span(typing.cast(Any, name), amount)
     examples = {"steps": "500steps", "tokens": "10Mtokens", "epochs": "2epochs", "seconds": "90s or 3min"}
-    raise UserError(f"{key}={shown(text)}: must be a length such as {', '.join(examples[unit] for unit in units)}")
+    such = f"must be a length such as {', '.join(examples[unit] for unit in units)}"
+    raise UserError(f"{key}={shown(text)}: {such}{_nearest_unit(text, units)}")
+
+
+def _nearest_unit(text: str, units: Sequence[str]) -> str:
+    """`. Did you mean 5steps?` for a number with a unit that is none, if one is close."""
+    match = re.match(rf"{_AMOUNT}([A-Za-z]+)\s*$", text)
+    if not match or _SPAN.match(text):
+        return ""
+    known = [scale + unit for unit in units if unit != "seconds" for scale in ("", *_SCALE)]
+    known += _SECONDS if "seconds" in units else ()
+    close = difflib.get_close_matches(match[2], known, 1, 0.5)  # m is min
+    return f". Did you mean {match[1]}{close[0]}?" if close else ""
 
 
 def at_least(key: str, value: float, low: float, why: str = "") -> None:

@@ -10,19 +10,17 @@ import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark_data import encoding
 from benchmark_inference import cache, decode, first_token, load
+from benchmark_preparation import preparation
 
 from gpt.compose import compose_run
-from gpt.data.tokenizer import Tokenizer
-from gpt.data.tokenizer_training import train_bpe
 from gpt.model.attention import _plain_causal_attention
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
@@ -133,19 +131,30 @@ def step() -> None:
         print(f"- {name}: {config.train.batch_tokens / seconds:,.0f} tokens/s, {share:.0%} of the rate of a 2048^3 product")
 
 
-def encoding() -> None:
-    """Turning text into ids."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts = [p.read_text(encoding="utf-8") for p in sorted(root.glob("*.py"))]
-    size = sum(len(t.encode()) for t in texts)
-    slow = train_bpe(texts, 2048)
-    fast = Tokenizer(slow.backend, check=texts[0])
-    if not fast.is_fast:
-        raise SystemExit("the fast encoder was not taken")
-    rows = in_turn({"tiktoken": lambda: fast.encode_batch(texts), "tokenizers": lambda: slow.encode_batch(texts)}, runs=3)
-    table(f"encoding {size / 1e6:.1f} MB with a vocabulary of 2048", rows)
-    for name, seconds in rows.items():
-        print(f"- {name}: {size / 1e6 / seconds:.1f} MB/s")
+def documents() -> None:
+    """A training step of the default model on rows of several documents, masked and not."""
+    config = compose_run("pretrain", ["model.vocab_size=2048"])
+    B, T = config.train.batch_tokens // config.model.context_length, config.model.context_length
+    tokens = torch.randint(2048, (B, T + 1)).to(DEVICE.type)
+    rows = (torch.arange(T) // 64).expand(B, T).to(DEVICE.type)
+
+    def make(masked: bool, compiled: bool) -> Callable[[], object]:
+        model, loss = GPT(config.model).to(DEVICE.type), LinearCrossEntropy(DEVICE.dtype)
+        model.tie()
+        if compiled:
+            compile_model(model, loss)
+
+        def run() -> None:
+            with DEVICE.autocast():
+                hidden = model.hidden_states(tokens[:, :-1], documents=rows if masked else None)
+            (loss(hidden, model.head.weight, tokens[:, 1:]) / config.train.batch_tokens).backward()
+            model.zero_grad()
+
+        return run
+
+    candidates = {f"{'masked' if masked else 'not masked'}, {'compiled' if compiled else 'eager'}": make(masked, compiled)
+                  for compiled in (True, False) for masked in (False, True)}  # fmt: skip
+    table("forward and backward of the default model, rows of four documents", in_turn(candidates, runs=15))
 
 
 def startup() -> None:
@@ -165,7 +174,8 @@ def startup() -> None:
 
 
 BENCHMARKS = {
-    "startup": startup, "attention": attention, "loss": loss, "step": step, "encoding": encoding,
+    "startup": startup, "attention": attention, "loss": loss, "step": step, "documents": documents,
+    "encoding": encoding, "preparation": preparation,
     "decode": decode, "cache": cache, "first_token": first_token, "load": load,
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from gpt.data.config import TokenizerConfig
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import make_tokenizer
 
-RUNS = 5
+RUNS = 3
 TOKENIZERS = {
     "BPE, split gpt4": TokenizerConfig(),
     "BPE, split gpt2": TokenizerConfig(split="gpt2"),

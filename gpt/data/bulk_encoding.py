@@ -138,17 +138,16 @@ def _ids_of_bytes(vocab: dict[str, int], names: list[str]) -> np.ndarray | None:
 def _tiktoken_encoder(spec: dict[str, Any], literal: tuple[str, ...], backend: HFTokenizer) -> TiktokenEncoder | None:
     import tiktoken
 
-    normalizer, pattern = spec.get("normalizer"), split_pattern(spec)
-    ranks = _ranks(spec["model"], backend)
-    if pattern is None or ranks is None or normalizer not in (None, {"type": "NFC"}) or "" in literal:
+    pattern, normalizer = split_pattern(spec), backend.normalizer
+    if pattern is None or spec.get("normalizer") not in (None, {"type": "NFC"}) or (ranks := _ranks(spec["model"], backend)) is None:
         return None
-    if normalizer:
-        literal += tuple(backend.normalizer.normalize_str(token) for token in literal)  # pyright: ignore[reportOptionalMemberAccess]
+    if normalizer is not None:
+        literal += tuple(normalizer.normalize_str(token) for token in literal)
     try:
         encoding = tiktoken.Encoding("gpt", pat_str=_quicker(pattern), mergeable_ranks=ranks, special_tokens={})
     except ValueError:  # its regex engine does not know all that the other one does
         return None
-    return TiktokenEncoder(encoding, literal, backend.normalizer)
+    return TiktokenEncoder(encoding, literal, normalizer)
 
 
 def _ranks(model: dict[str, Any], backend: HFTokenizer) -> dict[bytes, int] | None:

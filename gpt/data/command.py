@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
-from gpt.data.config import DataConfig, LossOn, TokenizerConfig
 from gpt.data.prepare import prepare_corpus
 
+if TYPE_CHECKING:
+    from gpt.commands import PrepareConfig
 
-def prepare(config: Any) -> int:
-    """Run `gpt prepare` (a PrepareConfig) and return the exit code.
+
+def prepare(config: PrepareConfig) -> int:
+    """Run `gpt prepare` and return the exit code.
 
     Raises:
         UserError: data that cannot be prepared; a folder that holds no shards, or damaged ones.
@@ -20,15 +22,12 @@ def prepare(config: Any) -> int:
 
         inspect_shards(config.inspect, config.samples, config.data.cache_dir)
         return 0
-    data: DataConfig = config.data
-    tokenizer: TokenizerConfig = config.tokenizer
-    loss_on: LossOn = config.loss_on
-    settings = None
+    data, settings = config.data, None
     if config.finetune:
         from gpt.data.examples import ExampleSettings
 
-        settings = ExampleSettings(data.format, loss_on, data.too_long, config.context_length, data.labels)
-    prepare_corpus(data, tokenizer, config.context_length, _say, settings)
+        settings = ExampleSettings(data.format, config.loss_on, data.too_long, config.context_length, data.labels)
+    prepare_corpus(data, config.tokenizer, config.context_length, _say, settings)
     return 0
 
 

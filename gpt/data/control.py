@@ -56,5 +56,5 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
         case list() | tuple():
             return [_with_texts(item, change) for item in value]
         case dict():
-            return {key: _with_texts(item, change) for key, item in value.items()}
+            return {_with_texts(key, change): _with_texts(item, change) for key, item in value.items()}
     return value

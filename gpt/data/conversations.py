@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpt.data.control import render_with_control
 from gpt.data.formats import brief
-from gpt.data.tokenizer import Tokenizer, render_with_control
+from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")

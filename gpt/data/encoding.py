@@ -344,5 +344,5 @@ def work() -> None:
                 answer = traceback.format_exc()
             pickle.dump(answer, sink, protocol=5)
             sink.flush()
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent is done, or gone
+    except (EOFError, BrokenPipeError, KeyboardInterrupt, pickle.UnpicklingError):  # the parent is done, or gone in the middle of a task
         os._exit(0)

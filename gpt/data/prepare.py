@@ -243,9 +243,9 @@ class _Build:
 
     def run(self) -> None:
         """Read, encode, write, from where it stands to the end."""
-        source, fast = self.part.source, "tiktoken" if self.fast.is_fast else "tokenizers"
+        source, how = self.part.source, "in bulk" if self.fast.is_fast else "with tokenizers"
         workers, alone = count_workers(self.data.workers, source.size, self.data.memory_mb)
-        self.say(f"encoding with {fast}" + f" in {workers} process{'es' * (workers > 1)}" * (workers > 0 and not alone))
+        self.say(f"encoding {how}" + f" in {workers} process{'es' * (workers > 1)}" * (workers > 0 and not alone))
         started = committed = time.monotonic()
         since = 0
         stream = source.rows(self.report, self.stream_state)

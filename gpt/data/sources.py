@@ -261,8 +261,8 @@ def _pieces(reader: FileReader, rest: bytes) -> Iterator[bytes]:
 def _border(raw: bytes, end: int) -> int:
     """The last good place to cut, at most `end` and less than the length of `raw`.
 
-    Byte-level BPE begins a new word behind a line break between two characters that are not blank, and at a blank between two
-    letters, so that a cut there changes no ids. Of several line breaks, or one of two characters, some tokenizers make a word
+    Byte-level BPE begins a new word behind a line break between two characters that are not blank, and at a blank behind a
+    letter, so that a cut there changes no ids. Of several line breaks, or one of two characters, some tokenizers make a word
     that a cut would change.
     """
     low = max(1, end - _CUT_WITHIN)
@@ -272,7 +272,7 @@ def _border(raw: bytes, end: int) -> int:
             return newline + 1
     blank = end + 1
     while (blank := raw.rfind(b" ", low, blank)) >= 0:
-        if raw[blank - 1 : blank].isalpha() and raw[blank + 1 : blank + 2].isalpha():
+        if raw[blank - 1 : blank].isalpha():
             return blank
     if (newline := raw.rfind(b"\n", low, end)) >= 0:
         return newline + 1

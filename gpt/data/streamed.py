@@ -53,7 +53,7 @@ def prepare_streams(
     parts = []
     for source, part in zip(sources, plan.parts, strict=True):
         say(f"{source.name}: read and cut into ids while training")
-        held_out = collect_held_out(source, held_out_tokens // len(sources))
+        held_out = collect_held_out(_held_out_rows(source, part), max(context_length, held_out_tokens // len(sources)))
         if len(held_out.tokens) < context_length + 1:
             raise UserError(
                 f"data: the held-out text of {source.name} has {len(held_out.tokens)} tokens, fewer than the context's {context_length} and "
@@ -76,6 +76,13 @@ def _streamed(part: PartPlan, plan: Plan, data: DataConfig) -> StreamedSource:
     return StreamedSource(
         part.source.name, partial(part.source.rows, ReadReport()), partial(_encode, encoder, data), part.hold_out, part.weight
     )
+
+
+def _held_out_rows(source: StreamedSource, part: PartPlan) -> StreamedSource:
+    """The source for its held-out documents alone: the others, most of them, need not be cut into ids to find those."""
+    if part.hold_out.within:
+        return source
+    return replace(source, encode=lambda rows: source.encode([row for row in rows if part.hold_out(row.name)]))
 
 
 def _encode(encoder: TextEncoder, data: DataConfig, rows: Sequence[Row]) -> list[Encoded]:

@@ -6,7 +6,6 @@ into windows whose last token is the first of the next. BLOCK windows at a time 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -106,16 +105,14 @@ class _Windows:
         self._source, self._context_length, self._needed = source, context_length, needed
         place = place or {"epoch": 0, "rows": None, "skip": 0}
         self._epoch, self._state, self._skip = place["epoch"], place["rows"], place["skip"]
+        self._piece = _Piece(np.empty(0, np.uint32), np.empty(0, bool), self._epoch, self._state)
         self._stream = source.open_rows(self._state)
         self._whole_pass = self._state is None
         self._tokens = 0  # of this pass
-        self._pieces: deque[_Piece] = deque()
 
     def place(self) -> dict[str, Any]:
         """Where the next window begins; JSON-able. `skip` is the number of tokens of the rows' ids that lie before it."""
-        if not self._pieces:
-            return {"epoch": self._epoch, "rows": self._state, "skip": self._skip}
-        return {"epoch": self._pieces[0].epoch, "rows": self._pieces[0].state, "skip": self._skip}
+        return {"epoch": self._piece.epoch, "rows": self._piece.state, "skip": self._skip}
 
     def next(self) -> _Window:
         """The next window.
@@ -123,17 +120,17 @@ class _Windows:
         Raises:
             UserError: the source has too few tokens, or cannot be read.
         """
-        length = self._context_length + 1
-        while sum(len(piece.ids) for piece in self._pieces) < self._skip + length:
-            self._pieces.append(self._next_piece())
-        ids, begins, first, missing = [], [], self._skip, length
-        for piece in self._pieces:
-            ids.append(piece.ids[first : first + missing])
-            begins.append(piece.begins[first : first + missing])
-            first, missing = 0, missing - len(ids[-1])
-        self._skip += self._context_length
-        while self._skip >= len(self._pieces[0].ids):
-            self._skip -= len(self._pieces.popleft().ids)
+        ids, begins, missing = [], [], self._context_length + 1
+        while missing:
+            if self._skip >= len(self._piece.ids):
+                self._skip -= len(self._piece.ids)
+                self._piece = self._next_piece()
+            here = slice(self._skip, self._skip + missing)
+            ids.append(self._piece.ids[here])
+            begins.append(self._piece.begins[here])
+            missing -= len(ids[-1])
+            self._skip += len(ids[-1])
+        self._skip -= 1  # the last token is the next window's first
         return _Window(np.concatenate(ids), np.concatenate(begins))
 
     def _next_piece(self) -> _Piece:

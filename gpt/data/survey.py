@@ -83,7 +83,7 @@ def texts_of(row: Row) -> str:
 
 @dataclass
 class Sample:
-    """Every document at first, then every second, fourth ...: so many that they stay below `limit` characters."""
+    """Every document at first, then every second, fourth ...: so many that they stay below `limit` characters; none if that is 0."""
 
     limit: int
     texts: list[str] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Sample:
         """One more document."""
         if len(self.check) < CHECK_CHARACTERS:
             self.check += text[: CHECK_CHARACTERS - len(self.check)]
-        if self._seen % self._stride == 0:
+        if self.limit and self._seen % self._stride == 0:
             self.texts.append(text)
             self._characters += len(text)
         self._seen += 1
@@ -153,6 +153,8 @@ def survey(source: Source, holdout: float, characters: int, examples: bool = Fal
         if read >= SURVEY_CHARACTERS or (not characters and documents >= enough and len(whole_texts.check) >= CHECK_CHARACTERS):
             whole = False
             break
+    if not whole and source.size is not None and source.size > read:
+        documents = round(documents * source.size / read)  # about as many as there are
     if not documents and not examples:
         left_out = [f"{n} {what}" for n, what in ((report.empty_files, "empty"), (report.binary_files, "binary")) if n]
         raise UserError(f"data: there is no text in {source.name}" + f" ({', '.join(left_out)})" * bool(left_out))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
+_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -160,8 +161,16 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write `tokenizer.json`; OSError if that cannot be done (`tokenizers` itself would raise a bare Exception)."""
+        """Write `tokenizer.json`, and what `load_tokenizer` reads beside it: the chat template, the names of the special tokens.
+
+        Raises:
+            OSError: that cannot be done (`tokenizers` itself would raise a bare Exception).
+        """
         path.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        if self.special_tokens:
+            path.with_name(_CONFIG).write_text(json.dumps(self.special_tokens, indent=1), encoding="utf-8")
+        if self.chat_template:
+            path.with_name(_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
     def to_transformers(self, context_length: int) -> Any:
         """The same tokenizer as a `transformers` one, for export."""
@@ -266,12 +275,14 @@ def load_tokenizer(path: str | Path, check: str = "") -> Tokenizer:
 
 def _read_companions(directory: Path, tokenizer: Tokenizer) -> None:
     """What stands beside tokenizer.json: the names of the special tokens and the chat template."""
-    config, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    config, template = directory / _CONFIG, directory / _TEMPLATE
     if config.is_file():
         try:
             values = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{config} is not JSON: {error}; copy it again") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{config} holds no settings of a tokenizer but {type(values).__name__}; copy it again")
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = values.get(name)
             token = token.get("content") if isinstance(token, dict) else token  # as older files write it
@@ -279,10 +290,13 @@ def _read_companions(directory: Path, tokenizer: Tokenizer) -> None:
                 tokenizer.special_tokens[name] = token
         found = values.get("chat_template")
         if isinstance(found, list):  # several, by name
-            found = {t.get("name"): t.get("template") for t in found}.get("default")
-        tokenizer.chat_template = found
+            found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
+        tokenizer.chat_template = found if isinstance(found, str) else None
     if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{template} is not UTF-8 text: {error}; copy it again") from error
 
 
 def _download(hub_id: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from gpt.commands import EvaluateConfig
+from gpt.data.config import DataConfig
+from gpt.data.deduplication import SeenDocuments
+from gpt.data.encoding import Chunk, Reader, Work
 from gpt.data.examples import ExampleEncoder, ExampleSettings, recognise_format
 from gpt.data.loader import Batch, ExampleRows
 from gpt.data.shards import Split, TokenArray
-from gpt.data.sources import ReadReport, open_source
-from gpt.data.survey import survey
+from gpt.data.sources import ReadReport, Source, open_source
+from gpt.data.survey import HoldOut, survey
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 
-_ROWS = 256  # encoded at a time
+_FORMAT_ROWS = 100  # whose fields tell the format
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class EncodedExamples:
 
 
 def read_examples(config: EvaluateConfig, tokenizer: Tokenizer, context_length: int) -> tuple[EncodedExamples, ReadReport]:
-    """Read the examples to measure on: all, or those that a run with this data holds out.
+    """Read the examples to measure on: all, or those that a run with this data holds out; filtered and redacted as the config says.
 
     Args:
         config: what to read, and how.
@@ -60,30 +63,55 @@ def read_examples(config: EvaluateConfig, tokenizer: Tokenizer, context_length: 
     Raises:
         UserError: rows that cannot be read, are no examples of text, or leave nothing to score.
     """
-    data, report = config.data, ReadReport()
-    source = open_source(data, data.on_error)
-    hold_out = survey(source, data.holdout, 0, examples=True).hold_out if config.part == "held_out" else None
-    first = list(islice(source.rows(ReadReport()), _ROWS))
-    kind = recognise_format(first, data.format)
-    if kind in ("text_label", "tokens_tags"):
-        raise UserError(f"data: rows of {kind} need a classification head, and this model continues text; look at them with gpt inspect")
+    data, report, counts = config.data, ReadReport(), Counter()
+    settings = ExampleSettings(data.format, config.loss_on, data.too_long, context_length)
+    chunks: list[Chunk] = []
+    formats: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        encoder = ExampleEncoder(folder, ExampleSettings(data.format, config.loss_on, data.too_long, context_length), kind, [])
-        stream = source.rows(report)
-        counts: Counter[str] = Counter()
-        ids, labels, n_bytes = [], [], 0
-        while rows := list(islice(stream, _ROWS)):
-            for example in encoder([row for row in rows if hold_out is None or hold_out(row.name)]):
-                counts.update(example.counts)
-                if len(example.ids) and example.labels is not None:
-                    ids.append(example.ids.astype(np.int64))
-                    labels.append(example.labels.astype(np.int64))
-                    n_bytes += example.bytes
-    if not ids:
+        tokenizer.save(Path(folder) / "tokenizer.json")
+        for part in data.parts or [data]:
+            source = open_source(part, data.on_error)
+            formats.append(_format(source, data))
+            encoder = ExampleEncoder(folder, settings, formats[-1], [], data.on_error == "skip")
+            chunks += _read_source(source, encoder, data, config.part == "held_out", report, counts)
+    starts = [chunk.starts + before for chunk, before in zip(chunks, _before(chunks), strict=True)]
+    borders = np.concatenate([*starts, [sum(len(chunk.ids) for chunk in chunks)]]).astype(np.uint64)
+    if len(borders) == 1:
         left = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
-        raise UserError(f"data: there are no{' held-out' if hold_out else ''} examples to score" + (f" ({left})" if left else ""))
-    borders = np.cumsum([0, *map(len, ids)]).astype(np.uint64)
-    split = Split(TokenArray([np.concatenate(ids)]), borders, TokenArray([np.concatenate(labels)]))
-    packed = ExampleRows(split, context_length, packed=data.packing == "best_fit")
-    return EncodedExamples(packed, kind, len(ids), packed.tokens_per_epoch, n_bytes, counts), report
+        of = " held-out" * (config.part == "held_out")
+        raise UserError(f"data: there are no{of} examples to score" + f" ({left})" * bool(left))
+    ids, labels = (np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("ids", "labels"))
+    packed = ExampleRows(Split(TokenArray([ids]), borders, TokenArray([labels])), context_length, packed=data.packing == "best_fit")
+    size = sum(chunk.n_bytes for chunk in chunks)
+    return EncodedExamples(packed, " and ".join(dict.fromkeys(formats)), len(borders) - 1, packed.tokens_per_epoch, size, counts), report
+
+
+def _format(source: Source, data: DataConfig) -> str:
+    first = list(islice(source.rows(ReadReport()), _FORMAT_ROWS))
+    kind = recognise_format(first, data.format, data.on_error == "skip")
+    if kind in ("text_label", "tokens_tags"):
+        raise UserError(
+            f"data: its rows are of the format {kind}, which needs a classification head, and this model continues text; "
+            "look at them with gpt inspect"
+        )
+    return kind
+
+
+def _read_source(
+    source: Source, encoder: ExampleEncoder, data: DataConfig, held_out: bool, report: ReadReport, counts: Counter[str]
+) -> list[Chunk]:
+    """Examples of one source, made as for the shards; `report` and `counts` are added to."""
+    hold_out = survey(source, data.holdout, 0, examples=True).hold_out if held_out else HoldOut(0.0, False, 0.0)  # else none is
+    seen = SeenDocuments(Path(":memory:")) if data.deduplicate == "exact" else None
+    work = Work(encoder, sorted(data.redact), hold_out, "uint32", labelled=True)
+    chunks = []
+    for batch in Reader(source.rows(report), report, data.min_characters, seen, examples=True):
+        made, counted = work(batch.rows)
+        chunks.append(made["held_out" if held_out else "train"])
+        counts.update(counted + batch.left_out)
+    return chunks
+
+
+def _before(chunks: Sequence[Chunk]) -> list[int]:
+    """Tokens before each."""
+    return np.cumsum([0, *(len(chunk.ids) for chunk in chunks)])[:-1].tolist()

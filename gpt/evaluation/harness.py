@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import random
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from gpt.model.transformer import GPT
 
 _MAX_GEN_TOKS = 256  # HFLM's, where a task does not say
 _SEED = 1234  # the harness's own, for whatever is drawn
+_SECONDS = 5  # to wait for the hub's first answer; it would be tried again for half a minute
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
@@ -80,8 +84,10 @@ def run_tasks(manager: Any, loaded: Loaded, length: int, config: EvaluateConfig)
     random.seed(0)  # the seeds of the harness's own command
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
+    offline = not _hub_answers()
     try:
-        tasks = manager.load(manager.match_tasks(config.tasks))
+        with _quiet_hub(offline):
+            tasks = manager.load(manager.match_tasks(config.tasks))
         for task in tasks["tasks"].values():
             own = task.get_config("num_fewshot")  # a task that says 0 has no examples to show
             task.set_config("num_fewshot", own or 0 if config.num_fewshot is None or own == 0 else config.num_fewshot)
@@ -93,10 +99,53 @@ def run_tasks(manager: Any, loaded: Loaded, length: int, config: EvaluateConfig)
         if model.asked:
             raise
         what = " ".join(str(error).split())[:300]
+        if offline and isinstance(error, ConnectionError):
+            raise UserError(
+                f"tasks={','.join(config.tasks)}: {what}, and it was not downloaded before; is there a network, or is HF_HUB_OFFLINE set?"
+            ) from error
         raise UserError(f"tasks={','.join(config.tasks)}: the harness cannot set them up: {type(error).__name__}: {what}") from error
     _print_table(found)
     kept = {key: found[key] for key in ("results", "groups", "n-shot", "n-samples") if key in found}
     return kept | {"task_versions": found["versions"]}
+
+
+def _hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached, asked once."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # its errors are of another library in every version
+        return False
+    return True
+
+
+@contextmanager
+def _quiet_hub(offline: bool) -> Iterator[None]:
+    """Data sets are opened without the hub, from what was downloaded before, if `offline`; and without what the hub's libraries log
+    and, where nobody watches them, without their bars, unless GPT_DEBUG=1.
+    """
+    import datasets
+    from datasets import config as settings
+
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels, bars, was_offline = [logger.level for logger in loggers], datasets.is_progress_bar_enabled(), settings.HF_HUB_OFFLINE
+    if os.environ.get("GPT_DEBUG") != "1":
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+    settings.HF_HUB_OFFLINE = was_offline or offline
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+        settings.HF_HUB_OFFLINE = was_offline
 
 
 def _print_table(found: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ def _max_tokens(config: GenerateConfig, loaded: Loaded, prompts: list[str]) -> t
         if longest + wanted <= limit:
             return wanted, ""
         return wanted, (
-            f"{longest} tokens of prompt and {wanted} to write exceed the model's context of {limit}: "
+            f"{longest} token{'s' * (longest > 1)} of prompt and {wanted} to write exceed the model's context of {limit}: "
             f"when it is full, writing goes on from its last {max(1, limit // 2)} tokens, and what was before is forgotten"
         )
     return config.max_tokens or max(1, min(_MAX_TOKENS, limit - longest)), ""

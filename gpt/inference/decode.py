@@ -114,8 +114,8 @@ def _check(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, overfl
             left = limit - len(prompt)
             remedy = f"set max_tokens to at most {left}" if left > 0 else "shorten it"
             raise UserError(
-                f"{which}: its {len(prompt)} tokens and max_tokens={max_tokens} exceed the model's context of {limit}; "
-                f"{remedy}, or overflow=slide to go on with what was written last"
+                f"{which}: its {len(prompt)} token{'s' * (len(prompt) > 1)} and max_tokens={max_tokens} exceed the model's context "
+                f"of {limit}; {remedy}, or overflow=slide to go on with what was written last"
             )
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from gpt.compose import load_run
+from gpt.compose import expanded, load_run, refuse_no_run
 from gpt.data.tokenizer import Tokenizer, load_tokenizer
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.model.huggingface import read_config
 from gpt.model.transformer import GPT
 from gpt.model.weight_files import find_checkpoint, read_json
-from gpt.typed import nearest
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,8 @@ def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tupl
 
 def _locate(path: str, allow_pickle: bool, key: str) -> tuple[Path, Path | None]:
     """The directory of the weights, which has a config.json or is a run's, and the run that it belongs to, if any."""
-    directory = Path(path).expanduser()
-    if not directory.exists() and (path.startswith(("/", ".", "~", "runs/")) or path.count("/") > 1):
-        siblings = [str(p) for p in directory.parent.iterdir()] if directory.parent.is_dir() else []
-        raise UserError(f"{key}={path}: there is no such directory{nearest(str(directory), siblings)}")
+    refuse_no_run(key, path)
+    directory = expanded(path)
     full = directory.absolute()  # of "." the name and the parents too
     if (directory / "config.json").is_file():
         return directory, full.parent if full.name == "model" and (full.parent / "config.yaml").is_file() else None
@@ -87,7 +84,8 @@ def _locate(path: str, allow_pickle: bool, key: str) -> tuple[Path, Path | None]
     try:
         return find_checkpoint(path, allow_pickle), None
     except ValueError as error:
-        raise UserError(f"{key}={path}: {error}") from error
+        run = Path("runs") / path  # its id alone
+        raise UserError(f"{key}={path}: {error}{f'. Did you mean {run}?' if (run / 'config.yaml').is_file() else ''}") from error
 
 
 def _from_checkpoint(run: Path, directory: Path, device: torch.device | str, dtype: torch.dtype | None, key: str) -> Loaded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,20 @@ from torch import Tensor
 
 from gpt.config import RunConfig
 from gpt.data.batches import Batch, Batches
+from gpt.data.config import DataConfig
 from gpt.data.conversations import chat_template_for
-from gpt.data.examples import ExampleSettings
+from gpt.data.examples import ExampleSettings, recognise_format
 from gpt.data.loader import build_batches, held_out_batches
+from gpt.data.plan import hash_of
 from gpt.data.prepare import Corpus, prepare_corpus
+from gpt.data.sources import ReadReport, open_source
 from gpt.data.streamed import prepare_streams
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.model.loss import IGNORE
+
+_FORMAT_ROWS = 100  # that show whether examples are conversations
+_PROMPT_TOKENS, _SHOWN_TOKENS = 32, 160  # of a held-out text: given, and with what follows
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,13 @@ class OneBatch:
     def __init__(self, batches: Batches) -> None:
         self.tokens_per_epoch, self.windows = batches.tokens_per_epoch, batches.windows  # the budget counts as without it
         self._batches = batches
+        self._first: Batch | None = None  # a stream gives it once
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The first one."""
-        return self._batches.batch(0, rank, world)
+        if self._first is None:
+            self._first = self._batches.batch(0, rank, world)
+        return self._first
 
 
 def _joined(parts: list[Tensor]) -> list[int]:
@@ -94,6 +104,7 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
     if data.streaming:
         most = max(config.train.eval_tokens, config.train.final_eval_tokens)
         corpus, batches = prepare_streams(data, config.tokenizer, length, sequences, config.seed, most, say)
+        fingerprint = hash_of([corpus.fingerprint, [part.index.source for part in corpus.parts]])  # there are no shards that would tell
     else:
         examples = None
         if config.on_examples:
@@ -105,14 +116,15 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
                 "look at them with gpt inspect, or choose rows of prompt and completion, messages or text"
             )
         batches = build_batches(corpus, data, length, sequences, config.seed)
+        fingerprint = corpus.fingerprint
     template, is_ours = chat_template_for(corpus.tokenizer)
-    if is_ours and any(source.get("format") == "messages" for source in corpus.manifest["sources"]):
+    if is_ours and config.on_examples and _holds_conversations(data):
         say("note: the tokenizer has no chat template: a plain one is used, and goes with the exported model")
         corpus.tokenizer.chat_template = template
     return TrainingData(
         corpus.tokenizer,
         batches,
-        corpus.fingerprint,
+        fingerprint,
         corpus.manifest,
         config.on_examples,
         lambda batch, limit: held_out_batches(corpus, data, length, batch, limit),
@@ -120,14 +132,26 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
     )
 
 
+def _holds_conversations(data: DataConfig) -> bool:
+    """Whether examples are written with a chat template: messages, or prompts and completions that are lists of them."""
+    for part in data.parts or [data]:
+        rows = list(islice(open_source(part, data.on_error).rows(ReadReport()), _FORMAT_ROWS))
+        kind = recognise_format(rows, data.format, data.on_error == "skip")
+        if kind == "messages" or (kind == "prompt_completion" and any(isinstance(row.values.get("prompt"), list) for row in rows)):
+            return True
+    return False
+
+
 def _held_out_prompts(corpus: Corpus, count: int) -> list[Prompt]:
     """The first held-out examples, cut where their learned part begins, or texts, cut after some words."""
     found = []
     split = corpus.parts[0].held_out
     for start, end in zip(split.documents[:count].tolist(), split.documents[1 : count + 1].tolist(), strict=True):
+        if split.labels is None:
+            end = min(end, start + _SHOWN_TOKENS)
         ids = split.tokens.windows(np.array([start]), end - start)[0]
         if split.labels is None:
-            border, last = min(32, len(ids) // 2), min(len(ids), 160)
+            border, last = min(_PROMPT_TOKENS, len(ids) // 2), len(ids)
         else:
             learned = np.flatnonzero(split.labels.windows(np.array([start]), end - start)[0] != IGNORE)
             border = int(learned[0])

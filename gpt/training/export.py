@@ -46,7 +46,8 @@ def export(config: ExportConfig) -> int:
     except ValueError as error:
         raise UserError(f"output={output}: {error}") from error
     except OSError as error:
-        raise UserError(f"output={output} could not be written ({error.strerror or error})") from error
+        reason = error.strerror or error
+        raise UserError(f"output={output} could not be written ({reason}); name a folder with room where you may write") from error
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     stored = str(dtype or loaded.model.embeddings.tokens.weight.dtype).removeprefix("torch.")
     print(f"{output}: {loaded.model.num_parameters() / 1e6:.2f}M parameters as {stored}, {size / 1e6:,.1f} MB, ", end="")

@@ -272,6 +272,8 @@ class Trainer:
                 log_due = state.step % config.train.log_every == 0 or self._done()
                 if warm or log_due:  # a process's first step takes longer, and would hide the time of the others
                     busy.append(time.monotonic() - step_started)
+                else:
+                    waited = self.queue.waited
                 warm = True
                 state.seconds = time.monotonic() - self.started
                 if log_due:

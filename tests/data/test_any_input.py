@@ -23,7 +23,7 @@ from gpt.errors import UserError
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 OURS = {"text", "prompt", "completion", "messages", "label", "tokens", "tags"}
-many = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def read(kind: str, name: str, content: bytes, on_error: str) -> list[Row] | None:

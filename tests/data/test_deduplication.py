@@ -1,7 +1,7 @@
 import json
 import os
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.data.deduplication import SeenDocuments
@@ -20,6 +20,7 @@ def test_the_first_of_each_is_new(tmp_path_factory, texts):
     seen.close()
 
 
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from("abcde"), max_size=12), st.integers(0, 12), st.integers(0, 12))
 def test_after_a_kill_what_came_behind_the_commit_is_forgotten(tmp_path_factory, texts, committed, read):
     """Batches of one document: those up to `committed` are safely written, those up to `read` were seen and perhaps stored."""

@@ -204,6 +204,14 @@ class TestUrls:
         assert names(f"{bucket}/d*/a.*") == ["deep/a.txt"]
         assert names(bucket, f"{bucket}/deep/a.txt") == ["a.txt", "b.md", "deep/a.txt", "deep/er/c.txt"]
 
+    def test_an_empty_object_in_place_of_a_folder_is_no_file(self, bucket, monkeypatch):
+        """The console of S3 makes such."""
+        memory = type(fsspec.filesystem("memory"))
+        find = memory.find
+        marker = {"/bucket/deep/": {"name": "/bucket/deep/", "size": 0, "type": "file"}}
+        monkeypatch.setattr(memory, "find", lambda *a, **k: {**find(*a, **k), **marker})
+        assert names(bucket) == ["a.txt", "b.md", "deep/a.txt", "deep/er/c.txt"]
+
     def test_a_url_beside_a_local_path(self, bucket, tree):
         assert names(bucket, tree / "deep") == ["a.txt", "a.txt", "b.md", "deep/a.txt", "deep/er/c.txt", "er/c.txt"]
 

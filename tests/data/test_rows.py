@@ -1,5 +1,6 @@
 import gzip
 import json
+import logging
 import random
 import socket
 import time
@@ -144,7 +145,7 @@ class TestJsonl:
         path = tmp_path / "rows.jsonl.gz"
         with gzip.open(path, "wb", 1) as stream:
             stream.write(b'{"text": "a"}\n{"text": "')
-            for _ in range(200):
+            for _ in range(60):
                 stream.write(b"x" * (1 << 20))
             stream.write(b'"}\n{"text": "b"}\n')
         with pytest.raises(UserError, match=r"line 2: is longer than 4 MiB; write one object a line"):
@@ -251,10 +252,12 @@ class TestParquet:
         with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("text", pa.string())]), use_dictionary=False) as writer:
             texts = [" ".join(chance.choices(words, k=600)) for _ in range(500)]
             writer.write_table(pa.table({"text": [texts[i % 500] + str(i) for i in range(20_000)]}), row_group_size=20_000)
-        pa.default_memory_pool().release_unused()
         before, peak, size = pa.total_allocated_bytes(), 0, 0
+        tracemalloc.start()
         for row in source_of("parquet", tmp_path).rows(ReadReport()):
             peak, size = max(peak, pa.total_allocated_bytes() - before), size + len(row.values["text"])
+        peak += tracemalloc.get_traced_memory()[1]  # what is read for Arrow from a file of Python's
+        tracemalloc.stop()
         assert size > 190e6
         assert peak < 80e6
 
@@ -352,13 +355,18 @@ class TestHub:
             self.open(tmp_path)
         assert [r.values for r in self.open(tmp_path, fields=FieldNames(text="body")).rows(ReadReport())] == [{"text": "x"}]
 
-    def test_a_damaged_one_is_one_sentence(self, tmp_path, capfd):
+    def test_a_damaged_one_is_one_sentence(self, tmp_path):
+        logged: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: logged.append(record.getMessage())
+        logging.getLogger("datasets").addHandler(handler)
         (tmp_path / "train.jsonl").write_text('{"text": "x"}\n{bad\n')
         with pytest.raises(UserError, match=r"^data\.name=.*cannot be read: [^\n]*JSON parse error[^\n]*$"):
             self.open(tmp_path)
         with pytest.raises(UserError, match=r"^data\.name=.*cannot be read: [^\n]*JSON parse error[^\n]*$"):
             list(self.open(tmp_path, streaming=True).rows(ReadReport()))
-        assert capfd.readouterr().err == ""
+        logging.getLogger("datasets").removeHandler(handler)
+        assert logged == []
 
     @pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "not an id/x", "a/b/c", "https://x.y/z", "\0", "é"])
     @pytest.mark.parametrize("streaming", [False, True])

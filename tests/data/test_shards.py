@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.data import shards
@@ -147,6 +147,7 @@ class TestArray:
 
 
 class TestGoingOn:
+    @settings(max_examples=40)
     @given(cut=st.integers(0, 6), garbage=st.binary(max_size=40), missing=st.booleans(), labelled=st.booleans())
     def test_a_writer_goes_on_from_its_state_whatever_came_behind(self, tmp_path_factory, cut, garbage, missing, labelled):
         """What a killed process wrote behind its last commit may be all there, in part, or anything."""

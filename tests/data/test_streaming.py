@@ -96,6 +96,19 @@ def test_targets_are_one_place_ahead():
     assert batch.documents is None
 
 
+@pytest.mark.parametrize("tokens", [BLOCK * T // 8 - 1, BLOCK * T // 8, 999, BLOCK * T, BLOCK * T + 1])
+def test_epochs_are_counted(tokens):
+    text = source(rows_of([7] * (tokens // 7) + [tokens % 7], held_out=False), held_out=False)
+    batches = StreamingBatches([text], T, 64, seed=1)
+    for block in range(1, 4):
+        for step in range((block - 1) * BLOCK // 64, block * BLOCK // 64):
+            batches.batch(step)
+        assert batches.epoch == block * BLOCK * T // tokens  # of the block that comes next, whose beginning is known
+        other = StreamingBatches([text], T, 64, seed=1)
+        other.load_state_dict(batches.state_dict())
+        batches = other
+
+
 def test_seeds_differ():
     one, same_seed, other = (StreamingBatches([SOURCE], T, 64, seed=s).batch(0) for s in (1, 1, 2))
     assert same(one, same_seed)

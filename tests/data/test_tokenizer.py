@@ -404,6 +404,27 @@ class TestChat:
         with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON: .*; copy it again$"):
             load_tokenizer(folder)
 
+    @pytest.mark.parametrize(
+        ("name", "content", "says"),
+        [
+            ("tokenizer_config.json", b"[1]", r"tokenizer_config\.json holds no settings of a tokenizer but list; copy it again$"),
+            ("tokenizer_config.json", b"\xff", r"tokenizer_config\.json is not JSON: .*; copy it again$"),
+            ("chat_template.jinja", b"\xff\xfe", r"chat_template\.jinja is not UTF-8 text: .*; copy it again$"),
+        ],
+    )
+    def test_companions_that_are_damaged(self, folder, name, content, says):
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            load_tokenizer(folder)
+
+    @pytest.mark.parametrize("template", [7, ["x", {"name": "rag"}]])
+    def test_a_template_that_is_no_text_is_none(self, trained, tmp_path, template):
+        import json
+
+        trained.save(tmp_path / "tokenizer.json")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert load_tokenizer(tmp_path).chat_template is None
+
     def test_without_one_there_is_none(self, trained, tmp_path):
         trained.save(tmp_path / "tokenizer.json")
         assert load_tokenizer(tmp_path).chat_template is None
