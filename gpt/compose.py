@@ -238,7 +238,7 @@ def _meant_path(word: str, options: dict[str, list[str]], command: str) -> list[
     """The setting that a path may have been meant for, if the word is one."""
     path = expanded(word)
     is_model = command in _MODEL_KEYS and not os.path.isfile(path)
-    if "=" in word or not (os.path.exists(path) or "/" in word or word.startswith(("~", "."))):
+    if "=" in word or not (os.path.exists(path) or "/" in word or word.startswith(".")):
         return []
     if is_model or (command == "pretrain" and (path / "config.yaml").is_file()):
         return [f"{_MODEL_KEYS.get(command, 'resume')}={word}"]

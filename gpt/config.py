@@ -231,8 +231,11 @@ class Span:
     """How many; greater than 0, not always whole."""
 
 
-_SECONDS = dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1)
-_SECONDS |= dict.fromkeys(("min", "mins", "minute", "minutes"), 60) | dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600)
+_SECONDS: dict[str, int] = {
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1),
+    **dict.fromkeys(("min", "mins", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600),
+}
 _AMOUNT = r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*"
 _SPAN = re.compile(rf"{_AMOUNT}([kKMGBT]?)\s*((?i:steps?|tokens?|epochs?|{'|'.join(_SECONDS)}|))\s*$")
 _SCALE = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
@@ -262,10 +265,9 @@ def _nearest_unit(text: str, units: Sequence[str]) -> str:
     match = re.match(rf"{_AMOUNT}([A-Za-z]+)\s*$", text)
     if not match or _SPAN.match(text):
         return ""
-    known = [scale + unit for unit in units if unit != "seconds" for scale in ("", *_SCALE)]
-    known += _SECONDS if "seconds" in units else ()
+    known = {scale + unit: unit for unit in ("steps", "tokens", "epochs") for scale in _SCALE} | dict.fromkeys(_SECONDS, "seconds")
     close = difflib.get_close_matches(match[2], known, 1, 0.5)  # m is min
-    return f". Did you mean {match[1]}{close[0]}?" if close else ""
+    return f". Did you mean {match[1]}{close[0]}?" if close and known[close[0]] in units else ""
 
 
 def at_least(key: str, value: float, low: float, why: str = "") -> None:

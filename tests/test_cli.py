@@ -17,10 +17,12 @@ from bad_input import BAD_INPUT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from gpt import GPT, GPTConfig
 from gpt.cli import main
 from gpt.commands import COMMANDS, GenerateConfig, PrepareConfig
 from gpt.compose import compose_run, compose_use
 from gpt.config import RunConfig
+from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.help import EXAMPLES
 from gpt.typed import from_dict, schema_keys
@@ -108,13 +110,15 @@ def test_help_of_both_entry_points(command, tmp_path):
     assert run("--version", cwd=tmp_path, command=command).stdout.startswith(b"gpt 0.")
 
 
-@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["help"]], ids=str)
 def test_without_a_command_there_is_an_overview(arguments):
     assert call(*arguments) == call("--help")
     assert call(*arguments)[0] == 0
 
 
-@pytest.mark.parametrize("arguments", ["pretrain --help", "pretrain -h", "--help pretrain", "pretrain model.n_layer=x --help"])
+@pytest.mark.parametrize(
+    "arguments", ["pretrain --help", "pretrain -h", "--help pretrain", "help pretrain", "pretrain model.n_layer=x --help"]
+)
 def test_help_of_a_command_lists_every_group_option_and_key(arguments):
     code, out, err = call(*arguments.split())
     assert (code, err) == (0, "")
@@ -179,6 +183,65 @@ def test_line_breaks_and_control_characters_in_a_value_do_not_break_the_line(arg
     code, out, err = call("pretrain", argument)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err[:-1].isprintable()
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    """The folder of five runs, started one after the other, in the folder where we are."""
+    for age, name in enumerate(("deep", "first", "last", "new", "other")):
+        config = tmp_path / "runs" / name / "config.yaml"
+        config.parent.mkdir(parents=True)
+        config.write_text("")
+        os.utime(config, (age, age))
+    (tmp_path / "book.txt").write_text("")
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("settings", ["generate model", "evaluate model", "export run", "finetune init", "pretrain resume"])
+def test_a_run_that_is_not_there_gets_the_nearest_or_the_newest(settings, runs):
+    command, key = settings.split()
+    newest = "the newest first: runs/other, runs/new, runs/last and 2 more\n"
+    for path, said in (
+        ("runs/frist", "there is no such directory. Did you mean runs/first?\n"),
+        ("runs/zzz", f"there is no such directory. There are, {newest}"),
+        ("runs/", f"this folder holds runs; name one of them, {newest}"),
+        ("runs", f"this folder holds runs; name one of them, {newest}"),
+    ):
+        code, out, err = call(command, f"{key}={path}")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"gpt: {key}={path}: {said}"), err
+
+
+def test_a_run_to_resume_is_found_by_its_id_alone(runs):
+    for name in ("first", "frist"):
+        assert call("pretrain", f"resume={name}")[2] == f"gpt: resume={name}: there is no such directory. Did you mean runs/first?\n"
+    assert "Did you mean auto?" in call("pretrain", "resume=atuo")[2]
+    assert call("pretrain", f"resume={'x' * 5000}")[0] == 2, "longer than the name of a file can be"
+    assert "no such directory; give auto, never or" in call("pretrain", "resume=~nobody-of-this-name/x")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("generate weights", "model=weights"), ("inspect weights", "model=weights"), ("export weights", "run=weights"),
+        ("finetune weights", "init=weights"), ("finetune book.txt", "data=text data.paths=[book.txt]"),
+        ("evaluate book.txt", "data=text data.paths=[book.txt]"), ("pretrain runs/new", "resume=runs/new"),
+        ("pretrain weights", "data=text data.paths=[weights]"),
+    ],
+)  # fmt: skip
+def test_a_path_without_a_key_gets_its_key(line, meant, runs):
+    assert call(*line.split()) == (2, "", f"gpt: {line.split()[1]}: must be key=value. Did you mean {meant}?\n")
+
+
+def test_an_export_that_cannot_be_written_says_what_to_do(tmp_path):
+    GPT(GPTConfig(vocab_size=257, context_length=8, n_layer=1, n_head=1, d_model=8)).save_pretrained(tmp_path / "model", byte_tokenizer())
+    (tmp_path / "file").write_text("")
+    code, _, err = call("export", f"run={tmp_path / 'model'}", f"output={tmp_path / 'file' / 'x'}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"gpt: output={tmp_path / 'file' / 'x'} could not be written (")
+    assert err.endswith("); name a folder with room where you may write\n")
 
 
 def test_a_long_value_is_cut(tmp_path):

@@ -427,7 +427,11 @@ def test_to_dict_and_back(config):
         ("0.5epochs", Span("epochs", 0.5)),
         ("1epoch", Span("epochs", 1)), ("90s", Span("seconds", 90)), ("90sec", Span("seconds", 90)), ("3min", Span("seconds", 180)),
         ("0.5min", Span("seconds", 30)), ("2h", Span("seconds", 7200)), (" 3 min ", Span("seconds", 180)),
-        ("3 Mtokens", Span("tokens", 3e6)),
+        ("3 Mtokens", Span("tokens", 3e6)), ("10minutes", Span("seconds", 600)), ("10mins", Span("seconds", 600)),
+        ("1minute", Span("seconds", 60)), ("10 seconds", Span("seconds", 10)), ("1second", Span("seconds", 1)),
+        ("9secs", Span("seconds", 9)), ("2hours", Span("seconds", 7200)), ("1hour", Span("seconds", 3600)),
+        ("1.5hr", Span("seconds", 5400)), ("2hrs", Span("seconds", 7200)), ("500 steps", Span("steps", 500)),
+        ("10Min", Span("seconds", 600)), ("10 Tokens", Span("tokens", 10)), ("2 EPOCHS", Span("epochs", 2)), ("3M", Span("steps", 3e6)),
     ],
 )  # fmt: skip
 def test_spans(text, expected):
@@ -436,8 +440,8 @@ def test_spans(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "0", "0steps", "0.0tokens", "0h", "-5steps", "5stepps", "steps", "min", "5 days", "1e999steps", "1e400h", "0.5steps", "0.1",
-     "nan", "inf", "null", "3m", "3M min tokens", "1,000steps", "5steps 3min", "٣steps", "5steps;", "--5", "1e3e3steps"],
+    ["", " ", "0", "0steps", "0.0tokens", "0h", "-5steps", "steps", "min", "5 days", "1e999steps", "1e400h", "0.5steps", "0.1",
+     "nan", "inf", "null", "3M min tokens", "1,000steps", "5steps 3min", "٣steps", "5steps;", "--5", "1e3e3steps"],
 )  # fmt: skip
 def test_lengths_that_are_none(text):
     with pytest.raises(UserError) as caught:
@@ -445,10 +449,28 @@ def test_lengths_that_are_none(text):
     assert str(caught.value) == f"train.budget={text}: must be a length such as 500steps, 10Mtokens, 2epochs, 90s or 3min"
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("5stepps", "5steps"), ("3m", "3min"), ("10mintes", "10minutes"), ("10Mtokns", "10Mtokens"), ("10Mtok", "10Mtokens"),
+        ("1_000 stps", "1_000steps"), ("2epcohs", "2epochs"), ("90scs", "90secs"), ("2huors", "2hours"),
+    ],
+)  # fmt: skip
+def test_the_nearest_unit(text, meant):
+    with pytest.raises(UserError) as caught:
+        parse_span("train.budget", text)
+    assert str(caught.value).endswith(f" or 3min. Did you mean {meant}?")
+    assert parse_span("train.budget", meant)
+
+
 def test_a_length_in_a_unit_that_does_not_count_here():
     assert parse_span("checkpoint.every", "3min", ("steps", "seconds")).amount == 180
     with pytest.raises(UserError, match=r"^checkpoint\.every=3epochs: must be a length such as 500steps, 90s or 3min$"):
         parse_span("checkpoint.every", "3epochs", ("steps", "seconds"))
+    with pytest.raises(UserError, match=r" or 3min\. Did you mean 3steps\?$"):
+        parse_span("checkpoint.every", "3stepps", ("steps", "seconds"))
+    with pytest.raises(UserError, match=r" or 3min$"):
+        parse_span("checkpoint.every", "3epohcs", ("steps", "seconds"))
 
 
 # The nearest right name

@@ -98,6 +98,7 @@ class Work:
         hold_out: decides the split.
         dtype: of the ids.
         labelled: whether labels are kept; where the encoder gives none, a token's label is its id.
+        skip: rows that the encoder refuses are left out, counted as skipped_rows.
     """
 
     encoder: Encoder
@@ -105,6 +106,7 @@ class Work:
     hold_out: HoldOut
     dtype: str
     labelled: bool
+    skip: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> tuple[dict[str, Chunk], Counter[str]]:
         """The batch's part of each split, and what was counted."""
@@ -113,12 +115,23 @@ class Work:
             redactor = Redactor(self.redact)
             rows = [redactor.row(row, counts) for row in rows]
         sides: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
-        for document in self.encoder(rows):
+        for document in self._encoded(rows, counts):
             counts.update(document.counts)
             if len(document.ids):
                 held_out = self.hold_out(document.held_out_key) if document.held_out is None else document.held_out
                 sides["held_out" if held_out else "train"].append(document)
         return {split: self._chunk(documents) for split, documents in sides.items()}, counts
+
+    def _encoded(self, rows: Sequence[Row], counts: Counter[str]) -> list[Encoded]:
+        try:
+            return self.encoder(rows)
+        except UserError:
+            if not self.skip:
+                raise
+            if len(rows) == 1:
+                counts["skipped_rows"] += 1
+                return []
+        return [document for row in rows for document in self._encoded([row], counts)]
 
     def _chunk(self, documents: list[Encoded]) -> Chunk:
         starts = np.cumsum([0, *(len(d.ids) for d in documents)], dtype=np.uint64)[:-1]
@@ -159,6 +172,7 @@ class Reader:
         min_characters: of a document, without blanks at both ends.
         seen: leaves out duplicates.
         examples: rows are examples, not documents.
+        skip: rows without a text are left out, counted, rather than refused.
         number: of the first batch.
     """
 
@@ -167,13 +181,20 @@ class Reader:
     min_characters: int
     seen: SeenDocuments | None
     examples: bool
+    skip: bool = False
     number: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """The last batch may be empty: it tells how the source ended."""
         batch = Batch(self.number)
         for row in self.stream:
-            text = texts_of(row) if self.examples else text_of(row)
+            try:
+                text = texts_of(row) if self.examples else text_of(row)
+            except UserError as error:
+                if not self.skip:
+                    raise
+                self.report.skipped(str(error))
+                continue
             if row.piece == 0 and len(text.strip()) < self.min_characters:
                 batch.left_out["near_empty"] += 1
             else:

@@ -116,7 +116,7 @@ def make_plan(
             for source, weight in zip(sources, weights, strict=True):
                 say(f"reading {source.name}")
                 characters = round(_BPE_CHARACTERS * weight / sum(weights)) if tokenizer.name in ("bpe", "char") else 0
-                surveys.append(survey(source, data.holdout, characters, examples is not None))
+                surveys.append(survey(source, data.holdout, characters, examples is not None, data.on_error == "skip"))
             if pretrained is not None:
                 _save(pretrained, aside)
             else:

@@ -192,6 +192,7 @@ class _Build:
             tokenizer=plan.tokenizer.fingerprint(), source=part.fingerprint, kind=plan.kind, classes=plan.classes,
             labelled=examples is not None,
         )  # fmt: skip
+        self.skip = data.on_error == "skip"
         self.fast = load_tokenizer(plan.directory, check=plan.check)
         if examples is None:
             encoder = TextEncoder(str(plan.directory), plan.check, part.hold_out, self.fast)
@@ -199,7 +200,7 @@ class _Build:
             from gpt.data.examples import ExampleEncoder
 
             encoder = ExampleEncoder(str(plan.directory), examples, part.format, plan.classes)
-        self.work = Work(encoder, sorted(data.redact), part.hold_out, self.index.dtype, self.index.labelled)
+        self.work = Work(encoder, sorted(data.redact), part.hold_out, self.index.dtype, self.index.labelled, self.skip)
         self.examples = examples is not None
         self.counts: Counter[str] = Counter()
         self.characters = 0
@@ -219,10 +220,11 @@ class _Build:
         try:
             progress = json.loads((self.directory / "progress.json").read_text(encoding="utf-8"))
             self.writers = {split: self._writer(split, progress["splits"][split]) for split in SPLITS}
+            self.report = ReadReport(**progress["report"])
         except FileNotFoundError:
             self.writers = {split: self._writer(split) for split in SPLITS}
             return
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             self.say(f"what an earlier call left in {self.directory} is damaged; starting from the beginning")
             shutil.rmtree(self.directory)
             self.directory.mkdir()
@@ -230,7 +232,6 @@ class _Build:
             return
         self.counts, self.characters, self.seconds = Counter(progress["counts"]), progress["characters"], progress["seconds"]
         self.next_batch, self.stream_state, self.seen_state = progress["batch"] + 1, progress["stream"], progress["seen"]
-        self.report = ReadReport(**progress["report"])
         self.say(f"going on behind {self._documents:,} documents ({self.characters / 1e6:.1f} MB), where an earlier call stopped")
 
     @property
@@ -256,7 +257,7 @@ class _Build:
                 seen = stack.enter_context(closing(SeenDocuments(self.directory / "seen.sqlite", self.next_batch - 1)))
                 if self.seen_state is not None:
                     seen.load_state_dict(self.seen_state)
-            reader = Reader(stream, self.report, self.data.min_characters, seen, self.examples, self.next_batch)
+            reader = Reader(stream, self.report, self.data.min_characters, seen, self.examples, self.skip, self.next_batch)
             progress = stack.enter_context(PreparationProgress(source.size, self.say))
             encoded = stack.enter_context(closing(encode_batches(iter(reader), self.work, workers, self.data.memory_mb, alone)))
             for batch, (chunks, counts) in encoded:
@@ -288,6 +289,9 @@ class _Build:
 
     def _finish(self, report: ReadReport) -> None:
         report.split_within_files = self.part.hold_out.within
+        if refused := self.counts.pop("skipped_rows", 0):
+            report.skipped_rows += refused
+            report.first_skipped = report.first_skipped or f"those that are not of {self.part.format}"
         self.index.notes = report.warnings()
         for split, writer in self.writers.items():
             writer.finish()

@@ -56,8 +56,8 @@ def prepare_streams(
         held_out = collect_held_out(_held_out_rows(source, part), max(context_length, held_out_tokens // len(sources)))
         if len(held_out.tokens) < context_length + 1:
             raise UserError(
-                f"data: the held-out text of {source.name} has {len(held_out.tokens)} tokens, fewer than the context's {context_length} and "
-                "one more; set data.holdout higher"
+                f"data: the held-out text of {source.name} has {len(held_out.tokens)} tokens, fewer than model.context_length="
+                f"{context_length} and one more; set data.holdout higher, or give more text"
             )
         nothing = Split(TokenArray([]), np.zeros(1, np.uint64), None)
         index = Index(vocab_size=plan.tokenizer.vocab_size, tokenizer=plan.tokenizer.fingerprint(), source=part.fingerprint)

@@ -118,7 +118,7 @@ class Survey:
     """Whether all of the source was read."""
 
 
-def survey(source: Source, holdout: float, characters: int, examples: bool = False) -> Survey:
+def survey(source: Source, holdout: float, characters: int, examples: bool = False, skip: bool = False) -> Survey:
     """Look at a source.
 
     Args:
@@ -126,6 +126,7 @@ def survey(source: Source, holdout: float, characters: int, examples: bool = Fal
         holdout: share to hold out.
         characters: of the sample; 0: none is needed, only the text to check the fast encoder on.
         examples: rows are examples, not documents.
+        skip: rows without a text are passed over, rather than refused.
 
     Raises:
         UserError: there are no rows, or one cannot be read.
@@ -138,6 +139,8 @@ def survey(source: Source, holdout: float, characters: int, examples: bool = Fal
     whole = True
     report = ReadReport()
     for row in source.rows(report):
+        if skip and not examples and not isinstance(row.values.get("text"), str):
+            continue
         text = texts_of(row) if examples else text_of(row)
         read += len(text)
         if row.piece == 0 and text.strip():

@@ -111,7 +111,8 @@ def run_tasks(manager: Any, loaded: Loaded, length: int, config: EvaluateConfig)
 
 def _hub_answers() -> bool:
     """Whether the Hugging Face hub can be reached, asked once."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
         return False

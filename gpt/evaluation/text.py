@@ -60,11 +60,11 @@ def read_texts(config: EvaluateConfig, report: ReadReport) -> list[str]:
 
 
 def _read_source(source: Source, data: DataConfig, held_out: bool, report: ReadReport) -> list[str]:
-    hold_out = survey(source, data.holdout, 0).hold_out if held_out else None
+    hold_out = survey(source, data.holdout, 0, skip=data.on_error == "skip").hold_out if held_out else None
     seen = SeenDocuments(Path(":memory:")) if data.deduplicate == "exact" else None
     redactor, counts = Redactor(data.redact), Counter()
     texts: list[str] = []
-    for batch in Reader(source.rows(report), report, data.min_characters, seen, examples=False):
+    for batch in Reader(source.rows(report), report, data.min_characters, seen, examples=False, skip=data.on_error == "skip"):
         for row in batch.rows:
             text = redactor.text(row.values["text"], counts)
             if hold_out is not None and hold_out.within:

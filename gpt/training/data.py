@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def _held_out_prompts(corpus: Corpus, count: int) -> list[Prompt]:
     """The first held-out examples, cut where their learned part begins, or texts, cut after some words."""
     found = []
     split = corpus.parts[0].held_out
-    for start, end in zip(split.documents[:count].tolist(), split.documents[1 : count + 1].tolist(), strict=True):
+    for start, end in pairwise(split.documents[: count + 1].tolist()):
         if split.labels is None:
             end = min(end, start + _SHOWN_TOKENS)
         ids = split.tokens.windows(np.array([start]), end - start)[0]

@@ -53,6 +53,12 @@ class Workshop:
         return self.prepare().manifest["sources"][0]["counts"]
 
 
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fast encoder, by the slow one, which would take most of the time."""
+    monkeypatch.setattr("gpt.data.survey.CHECK_CHARACTERS", 2000)
+
+
 @pytest.fixture
 def workshop(corpus: Path, tmp_path: Path) -> Workshop:
     return Workshop(corpus, tmp_path)
@@ -252,6 +258,32 @@ class TestTooLittle:
         assert workshop.folders() == set()
 
 
+class TestSkipping:
+    def test_rows_without_a_text_are_left_out_and_counted(self, workshop, tmp_path):
+        rows = [json.dumps({"text": f"line {n} " * 20}) for n in range(10)]
+        (tmp_path / "a.jsonl").write_text("\n".join([*rows[:5], '{"prompt": "x"}', *rows[5:]]))
+        paths = [str(tmp_path / "a.jsonl")]
+        workshop.data = DataConfig(source="jsonl", paths=paths, cache_dir=str(workshop.cache), on_error="skip")
+        made = workshop.prepare()
+        assert made.manifest["sources"][0]["counts"]["skipped_rows"] == 1
+        assert made.parts[0].index.documents == {"train": 10, "held_out": 10}
+        assert any("1 rows were left out, e.g. " in line and "line 6" in line for line in workshop.said)
+
+    def test_examples_of_another_format_are_left_out_and_counted(self, workshop, tmp_path):
+        rows = [json.dumps({"prompt": f"{n}?", "completion": f"{n}!"}) for n in range(150)]
+        others = ['{"messages": [{"role": "user", "content": "x"}]}', '{"prompt": "x", "completion": 7}']
+        (tmp_path / "a.jsonl").write_text("\n".join(rows + others))
+        paths = [str(tmp_path / "a.jsonl")]
+        workshop.data = DataConfig(source="jsonl", paths=paths, cache_dir=str(workshop.cache))
+        with pytest.raises(UserError, match="line 151"):
+            workshop.prepare(32, ExampleSettings(context_length=32))
+        workshop.data.on_error = "skip"
+        made = workshop.prepare(32, ExampleSettings(context_length=32))
+        assert sum(made.parts[0].index.documents.values()) == 150
+        assert made.manifest["sources"][0]["counts"]["skipped_rows"] == 2
+        assert any("2 rows were left out" in line for line in workshop.said)
+
+
 class TestSplit:
     @pytest.mark.parametrize("settings", [{"name": "bpe", "vocab_size": 300}, {"name": "byte"}, {"name": "char"}], ids=lambda s: s["name"])
     @pytest.mark.parametrize("holdout", [0.05, 0.4], ids=["within files", "by file"])
@@ -316,7 +348,7 @@ class TestSplit:
             found = survey(source, 0.4, limit)
             assert not found.hold_out.within
             assert found.sample.texts == texts[::stride]
-        assert found.sample.check == "".join(texts)[:200_000]
+        assert found.sample.check == "".join(texts)[:2000]
 
     def test_a_survey_ends_where_nothing_more_is_needed(self, workshop, monkeypatch):
         monkeypatch.setattr("gpt.data.survey.CHECK_CHARACTERS", 1000)

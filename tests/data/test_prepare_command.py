@@ -16,6 +16,12 @@ def config(folder: Path, **settings) -> PrepareConfig:
     return PrepareConfig(**({"data": data, "tokenizer": TokenizerConfig(name="byte"), "context_length": 32} | settings))
 
 
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fast encoder, by the slow one, which would take most of the time."""
+    monkeypatch.setattr("gpt.data.survey.CHECK_CHARACTERS", 2000)
+
+
 @pytest.fixture
 def place(corpus: Path, tmp_path: Path) -> Path:
     shutil.copytree(corpus, tmp_path / "text")

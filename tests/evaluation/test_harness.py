@@ -5,6 +5,9 @@ import json
 import logging
 import math
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.command import evaluate
-from gpt.evaluation.harness import adapter, find_tasks, loglikelihoods, run_tasks
+from gpt.evaluation.harness import _hub_answers, _quiet_hub, adapter, find_tasks, loglikelihoods, run_tasks
 from gpt.inference.loading import load_model
 from gpt.model.transformer import GPT
 from tests.evaluation.conftest import CONTEXT, make_model
@@ -259,6 +262,47 @@ def test_a_task_that_cannot_be_set_up(folder, manager, tasks_dir):
     config = EvaluateConfig(model=str(folder), tasks=["broken"])
     with pytest.raises(UserError, match=r"^tasks=broken: the harness cannot set them up: \w+: .*nothing"):
         run_tasks(manager, load_model(str(folder)), CONTEXT, config)
+
+
+@needs_harness
+def test_a_task_of_the_hub_without_the_hub_is_refused_at_once(folder, tmp_path, monkeypatch, capfd):
+    from huggingface_hub import constants
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    (tmp_path / "task.yaml").write_text(TASKS["one_token"] + "task: of_the_hub\ndataset_path: nobody/nothing\ntest_split: test\n")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    config, started = EvaluateConfig(model=str(folder), tasks=["of_the_hub"]), time.perf_counter()
+    with pytest.raises(UserError, match=r"^tasks=of_the_hub: .*nobody/nothing.*, and it was not downloaded before; is there a network"):
+        run_tasks(manager, load_model(str(folder)), CONTEXT, config)
+    assert time.perf_counter() - started < 5
+    assert "Retrying" not in capfd.readouterr().err
+
+
+@needs_harness
+def test_whether_the_hub_answers(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert _hub_answers(), "an error is an answer too"
+    assert not _hub_answers()
+
+
+@needs_harness
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_the_hub_s_own_lines_are_for_debugging(debug, monkeypatch):
+    from datasets import config
+
+    monkeypatch.setenv("GPT_DEBUG", debug)
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    before = (logger.isEnabledFor(logging.WARNING), config.HF_HUB_OFFLINE)
+    with _quiet_hub(True):
+        assert logger.isEnabledFor(logging.WARNING) == bool(debug)
+        assert config.HF_HUB_OFFLINE
+    assert before == (logger.isEnabledFor(logging.WARNING), config.HF_HUB_OFFLINE)
 
 
 @needs_harness

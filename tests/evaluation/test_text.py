@@ -40,6 +40,12 @@ def without_separator() -> Tokenizer:
 FILTERS = {"deduplicate": "exact", "min_characters": 20, "redact": ["email"]}
 
 
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fast encoder, by the slow one, which would take most of the time."""
+    monkeypatch.setattr("gpt.data.survey.CHECK_CHARACTERS", 2000)
+
+
 @pytest.fixture
 def mails(corpus, tmp_path) -> Path:
     """The corpus and some files that filters leave out or change."""

@@ -120,6 +120,8 @@ def test_too_many_tokens_are_refused_or_slide(plain_folder, tmp_path):
         "gpt: prompt: its 4 tokens and max_tokens=150 exceed the model's context of 96; "
         "set max_tokens to at most 92, or overflow=slide to go on with what was written last\n"
     )
+    with pytest.raises(UserError, match=r"^prompt: its 1 token and max_tokens=96 exceed the model's context of 96; "):
+        generate(GenerateConfig(model=str(plain_folder), prompt="a", max_tokens=96, device="cpu"))
     code, out, err = gpt(*arguments, "overflow=slide", cwd=tmp_path)
     assert code == 0
     assert out == "abcd" + continued(plain_folder, ["abcd"], 150, overflow="slide")[0] + "\n"

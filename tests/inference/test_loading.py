@@ -103,6 +103,18 @@ class TestNothingThere:
         self.sentence(finished / "checkpoints" / "step-00000004", "no such directory", "step-0000000")
         self.sentence("runs/nothing", "run=runs/nothing", "no such directory", key="run")
 
+    def test_a_folder_of_runs(self, finished):
+        self.sentence(finished.parent, "this folder holds runs", str(finished), key="run")
+
+    def test_only_the_name_of_the_directory_is_compared(self, finished):
+        with pytest.raises(UserError, match=rf"there is no such directory\. There are, the newest first: {finished}$"):
+            load_model(str(finished.parent / "zzzzz"))
+
+    def test_the_id_of_a_run_alone(self, tmp_path, monkeypatch):
+        make_run(tmp_path / "runs" / "mine")
+        monkeypatch.chdir(tmp_path)
+        self.sentence("mine", "model=mine", "hub", "Did you mean runs/mine?")
+
     def test_a_hub_id_without_the_hub(self):
         self.sentence("gpt2", "model=gpt2", "hub")
         self.sentence("Qwen/Qwen3-0.6B", "model=Qwen/Qwen3-0.6B", "hub")
