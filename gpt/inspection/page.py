@@ -28,7 +28,7 @@ def check_output(output: str) -> Path | None:
     """
     if not output:
         return None
-    path = Path(output).expanduser()
+    path = Path(os.path.expanduser(output))
     if path.is_dir():
         raise UserError(f"output={output}: is a folder; name a file in it, such as {path / 'page.html'}")
     if not path.parent.is_dir():

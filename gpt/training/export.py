@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import fields
@@ -30,10 +31,10 @@ def export(config: ExportConfig) -> int:
     Raises:
         UserError: there are no such weights, or the output folder has something in it.
     """
-    source = Path(config.run).expanduser()
+    source = Path(os.path.expanduser(config.run))
     loaded = load_model(config.run, allow_pickle=config.allow_pickle, key="run")
     default = loaded.run / "export" if loaded.run else Path(f"{source.name}-export")
-    output = Path(config.output).expanduser() if config.output else default
+    output = Path(os.path.expanduser(config.output)) if config.output else default
     if output.is_dir() and any(output.iterdir()) and not config.overwrite:
         raise UserError(f"output={output}: the folder is there and not empty; choose another, or overwrite=true")
     dtype = _DTYPES.get(config.dtype)

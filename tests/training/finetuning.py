@@ -15,7 +15,6 @@ from gpt.model.config import GPTConfig
 from gpt.model.transformer import GPT
 
 CONTEXT = 64
-END = 256  # the byte tokenizer's end of text
 SUMS = [{"prompt": f"{a} plus {b} is ", "completion": f"{a + b:02d}."} for a in range(10) for b in range(12)]
 """Every completion has three bytes: with the end of the text four tokens are learned of each row."""
 CHATS = [
@@ -51,10 +50,10 @@ def finetune_config(folder: Path, init: Path, rows: Path | str, *overrides: str)
 
 def nats(model: GPT, rows: Sequence[dict[str, str]]) -> tuple[float, int]:
     """What the completions of rows cost, each row by itself, and how many tokens they are."""
-    total, count = 0.0, 0
+    tokenizer, total, count = byte_tokenizer(), 0.0, 0
     for row in rows:
-        prompt, completion = row["prompt"].encode(), row["completion"].encode()
-        ids = torch.tensor([[*prompt, *completion, END]])
+        prompt, completion = tokenizer.encode(row["prompt"]), tokenizer.encode(row["completion"])
+        ids = torch.tensor([[*prompt, *completion, tokenizer.end_of_text]])
         with torch.no_grad():
             logits = model(ids[:, :-1])[0, len(prompt) - 1 :].double()
         total += F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()

@@ -108,7 +108,7 @@ def test_conversations_bring_their_template(config_of, capsys):
     assert "a plain one is used" in capsys.readouterr().err
     template = AutoTokenizer.from_pretrained(run / "model").chat_template
     assert template is not None
-    assert "<|user|>" in template
+    assert "<|assistant|>" in template
     prompt = re.search(r'class="prompt">(.*?)</span>', (run / "report.html").read_text(), re.DOTALL)
     assert prompt is not None
     assert "user" in prompt[1]
@@ -148,7 +148,11 @@ def test_two_sources_of_examples(tmp_path, init):
     """Rows of each are drawn by weight, and every format is learned."""
     write_rows(tmp_path / "a.jsonl", SUMS)
     write_rows(tmp_path / "b.jsonl", [{"text": f"nothing but a {'long ' * (n % 9)}text"} for n in range(60)])
-    parts = "[" + ", ".join(f"{{source: jsonl, paths: ['{tmp_path / name}'], weight: {w}}}" for name, w in (("a.jsonl", 3), ("b.jsonl", 1))) + "]"
+    parts = (
+        "["
+        + ", ".join(f"{{source: jsonl, paths: ['{tmp_path / name}'], weight: {w}}}" for name, w in (("a.jsonl", 3), ("b.jsonl", 1)))
+        + "]"
+    )
     config = finetune_config(tmp_path, init, "mixture", f"data.parts={parts}", "data.packing=none", "train.batch_tokens=16384")
     trainer = Trainer(config)
     trainer.fit()
@@ -190,7 +194,11 @@ def test_a_finetuned_run_is_finetuned_further(config_of, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "overrides", "message"),
     [
-        ([{"text": f"t{n}", "label": f"l{n % 2}"} for n in range(40)], [], r"data: its rows are of the format text_label, .*classification head"),
+        (
+            [{"text": f"t{n}", "label": f"l{n % 2}"} for n in range(40)],
+            [],
+            r"data: its rows are of the format text_label, .*classification head",
+        ),
         ([{"tokens": ["a"], "tags": [f"l{n % 2}"]} for n in range(40)], [], "data: its rows are of the format tokens_tags"),
         (SUMS, ["loss_on=assistant"], r"loss_on=assistant is not for rows of prompt_completion"),
         (SUMS[:1], [], r"data: .* has no training examples"),
