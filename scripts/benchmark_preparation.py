@@ -2,7 +2,7 @@
 
     python -m scripts.benchmark_preparation [workers]
 
-The corpus is the standard library's text over and over, its lines shuffled; it and its tokens take about 2 GB of a temporary folder."""
+The corpus is the standard library's text over and over, its lines shuffled; it and its tokens take about 8 GB of a temporary folder."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from gpt.data.config import DataConfig, TokenizerConfig
 from gpt.data.prepare import prepare_corpus
 
-MEMORY_MB = 64
+MEMORY_MB = 256
 CORPUS_BYTES = 20 * MEMORY_MB * 1_000_000
 _FILE_BYTES = 4_000_000
 
 
-def preparation(workers: int = 4, size: int = CORPUS_BYTES) -> dict[str, float]:
-    """Prepare `size` bytes with data.memory_mb=64 and print what it took.
+def preparation(workers: int = 0, size: int = CORPUS_BYTES) -> dict[str, float]:
+    """Prepare `size` bytes within MEMORY_MB and print what it took.
 
     Returns:
         megabytes a second, without reading the sample and training the tokenizer on it; peak memory in MB, of parent and workers together

@@ -229,7 +229,7 @@ def encode_batches(
         batches: read as fast as there is room.
         work: what to do with each.
         workers: processes; 0: all is done here.
-        memory_mb: which texts in flight and their copies stay below.
+        memory_mb: which the processes, texts in flight and their copies stay below, if there is room for a few texts at all.
         alone_seconds: the workers start only then.
 
     Raises:
@@ -240,7 +240,7 @@ def encode_batches(
         if (batch := next(batches, None)) is None:
             return
         yield batch, work(batch.rows)
-    room = memory_mb * 1_000_000 // _COPIES
+    room = max(2 * BATCH_BYTES, (memory_mb * 1_000_000 - (workers + 1) * _WORKER_BYTES) // _COPIES)
     waiting: deque[tuple[Batch, Future[Encoding]]] = deque()
     in_flight = 0
     with WorkerPool(work, workers) as pool:

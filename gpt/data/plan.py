@@ -95,7 +95,7 @@ def make_plan(
         UserError: no text, rows of no or of several formats, a tokenizer that cannot be made.
     """
     configs: Sequence[SourceConfig] = data.parts if data.source == "mixture" else [data]
-    sources = [open_source(config, data.on_error) for config in configs]
+    sources = [open_source(config, data.on_error, data.streaming) for config in configs]
     fingerprints = [source.fingerprint() for source in sources]
     keys = [_source_key(config, fingerprint) for config, fingerprint in zip(configs, fingerprints, strict=True)]
     weights = [config.weight if isinstance(config, PartConfig) else 1.0 for config in configs]
@@ -118,7 +118,7 @@ def make_plan(
                 characters = round(_BPE_CHARACTERS * weight / sum(weights)) if tokenizer.name in ("bpe", "char") else 0
                 surveys.append(survey(source, data.holdout, characters, examples is not None, data.on_error == "skip"))
             if pretrained is not None:
-                _save(pretrained, aside)
+                pretrained.save(aside / "tokenizer.json")
             else:
                 _train(tokenizer, data, sources, [s.sample for s in surveys], aside, say)
             found = {
@@ -181,7 +181,7 @@ def _train(
 
 
 def _make_and_save(config: TokenizerConfig, directory: Path, texts: list[str]) -> None:
-    _save(make_tokenizer(config, texts), directory)
+    make_tokenizer(config, texts).save(directory / "tokenizer.json")
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -203,12 +203,3 @@ def _redacted(texts: list[str], data: DataConfig) -> list[str]:
     """A vocabulary must not hold what the shards do not."""
     redactor = Redactor(data.redact)
     return [redactor.text(text, Counter()) for text in texts] if data.redact else texts
-
-
-def _save(tokenizer: Tokenizer, directory: Path) -> None:
-    """tokenizer.json, and what `load_tokenizer` reads beside it."""
-    tokenizer.save(directory / "tokenizer.json")
-    if tokenizer.special_tokens:
-        write_json(directory / "tokenizer_config.json", tokenizer.special_tokens)
-    if tokenizer.chat_template:
-        (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

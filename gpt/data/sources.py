@@ -71,7 +71,7 @@ class ReadReport:
         if self.skipped_rows:
             found.append(f"{self.skipped_rows} rows were left out, e.g. {self.first_skipped}")
         if self.split_within_files:
-            found.append(f"only {self.files} files: the end of each is held out, not whole files")
+            found.append("there are few texts: the end of each is held out, not whole ones")
         return found
 
     def binary(self, name: str) -> None:

@@ -149,7 +149,7 @@ print(*next(found)[1][1], flush=True); time.sleep(60)
             time.sleep(0.05)
 
     @given(
-        memories=st.lists(st.integers(1, 2_000_000), max_size=40), workers=st.integers(1, 3), memory_mb=st.integers(5, 40)
+        memories=st.lists(st.integers(1, 2_000_000), max_size=40), workers=st.integers(1, 3), memory_mb=st.integers(5, 500)
     )  # fmt: skip
     def test_texts_in_flight_stay_below_the_cap(self, memories, workers, memory_mb):
         """What has been read and not come back, with its copies, is never more than the cap and one batch."""
@@ -167,7 +167,8 @@ print(*next(found)[1][1], flush=True); time.sleep(60)
             for batch, _ in encode_batches(read(), scripted(), workers, memory_mb):
                 in_flight -= batch.memory
         assert in_flight == 0
-        cap = memory_mb * 1_000_000 // 4
+        of_texts = memory_mb * 1_000_000 - (workers + 1) * module._WORKER_BYTES  # the rest is the processes themselves
+        cap = max(2 * module.BATCH_BYTES, of_texts // 4)
         assert most <= max(cap - module.BATCH_BYTES, 0) + max(memories, default=0) + module.BATCH_BYTES
 
     def test_the_pool_starts_only_when_it_takes_longer(self):
