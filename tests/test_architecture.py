@@ -26,7 +26,7 @@ MAY_IMPORT = {
         "gpt.inspection.command",
     },
     "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config"},
-    "gpt.compose": {"gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed", "gpt.inference.loading"},  # the last for init=
+    "gpt.compose": {"gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed", "gpt.inference.loading"},  # for init=
     "gpt.commands": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed"},
     "gpt.config": {"gpt.data.config", "gpt.errors", "gpt.typed", "gpt.model.config"},
     "gpt.typed": {"gpt.errors"},
@@ -58,7 +58,17 @@ ONLY_IN_FUNCTIONS = {
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "safetensors"}
 MODEL_LIBRARIES_IN_FUNCTIONS = {"huggingface_hub", "transformers"}
-LIGHT = ("gpt.cli", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help", "gpt.typed", "gpt.errors", "gpt.data.config", "gpt.model.config")
+LIGHT = (
+    "gpt.cli",
+    "gpt.commands",
+    "gpt.compose",
+    "gpt.config",
+    "gpt.help",
+    "gpt.typed",
+    "gpt.errors",
+    "gpt.data.config",
+    "gpt.model.config",
+)
 HEAVY = {"torch", "numpy", "transformers", "tokenizers", "tiktoken", "datasets", "matplotlib", "rich", "hydra", "omegaconf", "boto3"}
 
 
