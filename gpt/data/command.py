@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from gpt.data.config import holds_examples, validate_examples, validate_text
 from gpt.data.prepare import prepare_corpus
 
 if TYPE_CHECKING:
@@ -23,10 +24,13 @@ def prepare(config: PrepareConfig) -> int:
         inspect_shards(config.inspect, config.samples, config.data.cache_dir)
         return 0
     data, settings = config.data, None
-    if config.finetune:
+    if config.finetune and holds_examples(data, finetuning=True):
+        validate_examples(data)
         from gpt.data.examples import ExampleSettings
 
         settings = ExampleSettings(data.format, config.loss_on, data.too_long, config.context_length, data.labels)
+    else:
+        validate_text(data)
     prepare_corpus(data, config.tokenizer, config.context_length, _say, settings)
     return 0
 

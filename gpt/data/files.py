@@ -245,13 +245,14 @@ def _remote(pattern: str) -> list[StoredFile]:
     """The files of a URL: one, all below a folder, or those that match."""
     from fsspec.core import url_to_fs
 
-    protocol = pattern.partition("://")[0]
+    protocol, reason = pattern.partition("://")[0], ""
     try:
         system, path = cast("tuple[AbstractFileSystem, str]", url_to_fs(pattern))
         try:
             info = system.info(path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:  # of http also when the server is not there
             info = {"type": None}
+            reason = f": {one_line(error.__cause__)}" if error.__cause__ else ""
         if info["type"] == "file":
             root, found = path.rpartition("/")[0], {path: info}
         elif info["type"] == "directory":
@@ -271,6 +272,6 @@ def _remote(pattern: str) -> list[StoredFile]:
         if details["type"] == "file" and not hidden and not file.endswith("/"):  # S3 may keep an empty object for a folder
             files.append(StoredFile(_plain(name), system.unstrip_protocol(file), details.get("size"), (system, file)))
     if not files:
-        what = f"the folder {pattern!r} has no files in it" if info["type"] == "directory" else f"no file matches {pattern!r}"
+        what = f"the folder {pattern!r} has no files in it" if info["type"] == "directory" else f"no file matches {pattern!r}{reason}"
         raise UserError(f"data.paths: {what}")
     return files

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -42,7 +43,7 @@ class HubSource(Source):
         self._path = os.path.expanduser(config.name)
         self._id = os.path.basename(os.path.abspath(self._path)) if os.path.isdir(self._path) else config.name  # on every machine the same
         self._revision, offline = (None, False) if os.path.isdir(self._path) else _revision(config.name)
-        with _quiet(offline):
+        with quiet_hub(offline):
             try:
                 import datasets
 
@@ -102,7 +103,7 @@ class HubSource(Source):
         while True:
             place = f"{self.name}, row {number + 1}"
             try:
-                with _quiet():
+                with quiet_hub():
                     found = next(values)
             except StopIteration:
                 break
@@ -158,20 +159,26 @@ def _revision(name: str) -> tuple[str | None, bool]:
 
 
 @contextmanager
-def _quiet(offline: bool = False) -> Iterator[None]:
-    """Without what `datasets` logs, since errors are said in a sentence, and without its bars where nobody watches them."""
+def quiet_hub(offline: bool = False) -> Iterator[None]:
+    """Data sets are opened without the hub, from what was downloaded before, if `offline`; and without what the hub's libraries log
+    and, where nobody watches them, without their bars, unless GPT_DEBUG=1: errors are said in a sentence.
+    """
     import datasets
     from datasets import config as settings
 
-    verbosity, bars, was_offline = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled(), settings.HF_HUB_OFFLINE
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels, bars, was_offline = [logger.level for logger in loggers], datasets.is_progress_bar_enabled(), settings.HF_HUB_OFFLINE
+    if os.environ.get("GPT_DEBUG") != "1":
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
     settings.HF_HUB_OFFLINE = was_offline or offline
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
         settings.HF_HUB_OFFLINE = was_offline

@@ -56,9 +56,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
 
 
-def summary(index: Index, counts: Counter[str], seconds: float) -> str:
-    """What was prepared, in a line."""
-    documents, size, tokens = sum(index.documents.values()), sum(index.bytes.values()), sum(map(sum, index.tokens.values()))
+def summary(index: Index, counts: Counter[str], seconds: float, within: bool = False) -> str:
+    """What was prepared, in a line; `within`: a document has a part on either side of the split."""
+    documents, size, tokens = (max if within else sum)(index.documents.values()), sum(index.bytes.values()), sum(map(sum, index.tokens.values()))
     made = f"{tokens / 1e6:.1f}M" if tokens >= 1_000_000 else f"{tokens:,}"
     if index.kind == "text":
         ratio = f" ({size / tokens:.2f} bytes per token)" if tokens else ""
@@ -74,7 +74,7 @@ def summary(index: Index, counts: Counter[str], seconds: float) -> str:
         else:
             others.append(f"{n:,} {name.replace('_', ' ')}")
     if left_out:
-        what += f"; {', '.join(left_out)} {'documents' if index.kind == 'text' else 'examples'} left out"
+        what += f"; left out: {', '.join(left_out)}"
     if redacted:
         what += f"; redacted: {', '.join(redacted)}"
     return "; ".join((what, *others))

@@ -111,7 +111,7 @@ def make_plan(
         if aside is not None:
             shutil.rmtree(aside)
             aside.mkdir()
-            formats, kind, classes = _recognise(sources, examples)
+            formats, kind, classes = _recognise(sources, examples, data.on_error == "skip")
             surveys: list[Survey] = []
             for source, weight in zip(sources, weights, strict=True):
                 say(f"reading {source.name}")
@@ -148,13 +148,20 @@ def _source_key(config: SourceConfig, fingerprint: str) -> str:
     return hash_of([config.source, config.config, config.split, asdict(config.fields), fingerprint])
 
 
-def _recognise(sources: list[Source], examples: ExampleSettings | None) -> tuple[list[str], str, list[str]]:
+def _recognise(sources: list[Source], examples: ExampleSettings | None, skip: bool) -> tuple[list[str], str, list[str]]:
     """The format of each source's examples, what kind of corpus they make, and its classes."""
     if examples is None:
         return ["" for _ in sources], "text", []
     from gpt.data.examples import collect_classes, recognise_format
 
-    formats = [recognise_format(list(islice(source.rows(ReadReport()), _FORMAT_ROWS)), examples.format) for source in sources]
+    formats = []
+    for source in sources:
+        report = ReadReport()
+        first = list(islice(source.rows(report), _FORMAT_ROWS))
+        if not first:
+            left_out = f" ({report.skipped_rows} left out, e.g. {report.first_skipped})" if report.skipped_rows else ""
+            raise UserError(f"data: there are no rows in {source.place}{left_out}; give some that have")
+        formats.append(recognise_format(first, examples.format, skip))
     kinds = [KINDS.get(format, "language_model") for format in formats]
     if other := next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0):
         raise UserError(

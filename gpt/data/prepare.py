@@ -122,9 +122,10 @@ def prepare_corpus(
             say(f"note: {note}")
         train, held_out = (open_split(directory, index, split) for split in SPLITS)
         parts.append(Part(part.source.name, part.weight, train, held_out, index))
-        _check_size(parts[-1], context_length)
+        manifest = read_manifest(directory)
+        _check_size(parts[-1], context_length, manifest["counts"])
         # Licence and paths are as this config has them, not as the one that built the cache.
-        manifests.append(read_manifest(directory) | {"name": part.source.name, "weight": part.weight} | part.source.describe())
+        manifests.append(manifest | {"name": part.source.name, "weight": part.weight} | part.source.describe())
     manifest = combine(manifests, describe_tokenizer(tokenizer, plan.tokenizer), plan.kind, plan.classes)
     return Corpus(plan.tokenizer, parts, manifest, cast(Kind, plan.kind), plan.classes)
 
@@ -150,7 +151,14 @@ def _part_settings(part: PartPlan, plan: Plan, data: DataConfig, examples: Examp
     }  # fmt: skip
 
 
-def _check_size(part: Part, context_length: int) -> None:
+_WHY_NONE = {
+    "dropped_too_long": "longer than a row; set data.too_long=truncate, or longer rows",
+    "dropped_no_target": "without a completion, a text or an assistant's turn to learn; mend them",
+    "skipped_rows": "left out by data.on_error=skip; mend them",
+}
+
+
+def _check_size(part: Part, context_length: int, counts: dict[str, int]) -> None:
     for name, split in (("training", part.train), ("held-out", part.held_out)):
         if part.index.kind == "text" and len(split.tokens) < context_length + 1:
             raise UserError(
@@ -158,7 +166,9 @@ def _check_size(part: Part, context_length: int) -> None:
                 "give more text or a shorter context"
             )
         if not len(split.tokens):
-            raise UserError(f"data: {part.name} has no {name} examples; give more, or change data.holdout")
+            why = max(_WHY_NONE, key=lambda count: counts.get(count, 0))
+            remedy = f": {n:,} are {_WHY_NONE[why]}" if (n := counts.get(why, 0)) else "; give more, or change data.holdout"
+            raise UserError(f"data: {part.name} has no {name} examples{remedy}")
 
 
 def _prepared(
@@ -307,4 +317,4 @@ class _Build:
         self.index.files["manifest.json"] = checksum(self.directory / "manifest.json")
         mark_verified(self.directory, self.index)
         write_index(self.directory, self.index)
-        self.say(summary(self.index, self.counts, self.seconds))
+        self.say(summary(self.index, self.counts, self.seconds, self.part.hold_out.within))

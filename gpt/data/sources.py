@@ -121,6 +121,11 @@ class Source(ABC):
     name: str
     size: int | None = None
 
+    @property
+    def place(self) -> str:
+        """Its name and where it was looked for, for messages about what is not there."""
+        return self.name
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes with the rows. Cheap: large files count by their size and time.
@@ -153,6 +158,11 @@ class FileSource(Source):
         self.config, self.files, self.on_error = config, files, on_error
         self.name = f"{config.source}: {len(files)} file{'s' * (len(files) != 1)}"
         self.size = None if any(f.size is None for f in files) else sum(f.size or 0 for f in files)
+
+    @property
+    def place(self) -> str:
+        """`jsonl: 1 file (rows.jsonl)`."""
+        return f"{self.name} ({', '.join(self.config.paths[:3])}{', ...' * (len(self.config.paths) > 3)})"
 
     def fingerprint(self) -> str:
         """A hash of every file's name and content, as `fingerprint_files` makes it."""

@@ -263,7 +263,7 @@ def load_tokenizer(path: str | Path, check: str = "") -> Tokenizer:
         file = file / "tokenizer.json"
     if not file.is_file():
         if file.suffix == ".json" or str(path).startswith(("/", ".", "~")):
-            raise UserError(f"no tokenizer at {file}")
+            raise UserError(f"no tokenizer at {file}; give a folder that holds a tokenizer.json, such as runs/<id>/model, or that file")
         file = _download(str(path))
     try:
         tokenizer = Tokenizer(HFTokenizer.from_file(str(file)), check)

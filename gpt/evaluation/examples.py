@@ -72,7 +72,7 @@ def read_examples(config: EvaluateConfig, tokenizer: Tokenizer, context_length: 
         for part in data.parts or [data]:
             source = open_source(part, data.on_error)
             formats.append(_format(source, data))
-            encoder = ExampleEncoder(folder, settings, formats[-1], [], data.on_error == "skip")
+            encoder = ExampleEncoder(folder, settings, formats[-1], [])
             chunks += _read_source(source, encoder, data, config.part == "held_out", report, counts)
     starts = [chunk.starts + before for chunk, before in zip(chunks, _before(chunks), strict=True)]
     borders = np.concatenate([*starts, [sum(len(chunk.ids) for chunk in chunks)]]).astype(np.uint64)
@@ -101,14 +101,19 @@ def _read_source(
     source: Source, encoder: ExampleEncoder, data: DataConfig, held_out: bool, report: ReadReport, counts: Counter[str]
 ) -> list[Chunk]:
     """Examples of one source, made as for the shards; `report` and `counts` are added to."""
-    hold_out = survey(source, data.holdout, 0, examples=True).hold_out if held_out else HoldOut(0.0, False, 0.0)  # else none is
+    skip = data.on_error == "skip"
+    nothing = HoldOut(0.0, False, 0.0)
+    hold_out = survey(source, data.holdout, 0, examples=True, skip=skip).hold_out if held_out else nothing
     seen = SeenDocuments(Path(":memory:")) if data.deduplicate == "exact" else None
-    work = Work(encoder, sorted(data.redact), hold_out, "uint32", labelled=True)
+    work = Work(encoder, sorted(data.redact), hold_out, "uint32", labelled=True, skip=skip)
     chunks = []
-    for batch in Reader(source.rows(report), report, data.min_characters, seen, examples=True):
+    for batch in Reader(source.rows(report), report, data.min_characters, seen, examples=True, skip=skip):
         made, counted = work(batch.rows)
         chunks.append(made["held_out" if held_out else "train"])
         counts.update(counted + batch.left_out)
+    if refused := counts.pop("skipped_rows", 0):
+        report.skipped_rows += refused
+        report.first_skipped = report.first_skipped or f"those that are not of {encoder.format}"
     return chunks
 
 

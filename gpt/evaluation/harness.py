@@ -9,12 +9,9 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import os
 import random
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import numpy as np
 import torch
 
 from gpt.commands import EvaluateConfig
+from gpt.data.hub import quiet_hub
 from gpt.errors import UserError
 from gpt.evaluation.perplexity import token_nll
 from gpt.evaluation.progress import note, progress_bar
@@ -86,7 +84,7 @@ def run_tasks(manager: Any, loaded: Loaded, length: int, config: EvaluateConfig)
     torch.manual_seed(_SEED)
     offline = not _hub_answers()
     try:
-        with _quiet_hub(offline):
+        with quiet_hub(offline):
             tasks = manager.load(manager.match_tasks(config.tasks))
         for task in tasks["tasks"].values():
             own = task.get_config("num_fewshot")  # a task that says 0 has no examples to show
@@ -121,32 +119,6 @@ def _hub_answers() -> bool:
     except Exception:  # its errors are of another library in every version
         return False
     return True
-
-
-@contextmanager
-def _quiet_hub(offline: bool) -> Iterator[None]:
-    """Data sets are opened without the hub, from what was downloaded before, if `offline`; and without what the hub's libraries log
-    and, where nobody watches them, without their bars, unless GPT_DEBUG=1.
-    """
-    import datasets
-    from datasets import config as settings
-
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
-    levels, bars, was_offline = [logger.level for logger in loggers], datasets.is_progress_bar_enabled(), settings.HF_HUB_OFFLINE
-    if os.environ.get("GPT_DEBUG") != "1":
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-    settings.HF_HUB_OFFLINE = was_offline or offline
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
-        settings.HF_HUB_OFFLINE = was_offline
 
 
 def _print_table(found: dict[str, Any]) -> None:

@@ -178,7 +178,7 @@ class GPT(nn.Module):
 
     def _attention_dtype(self, device: str) -> torch.dtype:
         """What keys are in, so that a mask is made once in that dtype and not once a block."""
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.weight.dtype
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embeddings.tokens.weight.dtype
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64, documents as for `hidden_states` -> logits (B, T, V)."""

@@ -167,7 +167,7 @@ def test_text_that_is_not_utf8_is_replaced_and_counted(command, tmp_path):
     bad_inputs(tmp_path)
     done = run(command(f"data.paths=[{tmp_path / 'latin.txt'}]", "train.budget=2steps"))
     assert done.returncode == 0, done.stderr
-    assert "invalid UTF-8 in 1 files, 2000 characters replaced" in done.stderr
+    assert "invalid UTF-8 in 1 files or rows, 2000 characters replaced" in done.stderr
 
 
 def limit_file_size() -> None:

@@ -17,8 +17,13 @@ from gpt.training.checkpoint import MANIFEST, list_checkpoints
 from gpt.training.data import open_training_data
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Result, Trainer
-from tests.training.finetuning import CHATS, CONTEXT, SUMS, finetune_config, nats, save_small_model, write_rows
+from tests.training.finetuning import CHATS, CONTEXT, SUMS, compose_groups_once, finetune_config, nats, save_small_model, write_rows
 from tests.training.test_trainer import assert_same_run, losses
+
+
+@pytest.fixture(autouse=True)
+def quick_compositions(monkeypatch):
+    compose_groups_once(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +42,18 @@ def config_of(tmp_path, init):
     return compose
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Runs end with model/, without a report, which takes longer than the run."""
+    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
+
+
 def train_documents(run: Path) -> int:
     manifest = json.loads((run / "model" / MANIFEST).read_text())
     return sum(source["splits"]["train"]["documents"] for source in manifest["sources"])
 
 
+@pytest.mark.usefixtures("no_report")
 def test_completions_are_learned_and_nothing_else_counts(config_of):
     """One row a step, so that an epoch is whole steps: each of its examples is learned once, four tokens of it."""
     trainer = Trainer(config_of(SUMS, "train.batch_tokens=64", "train.budget=2epochs", "optimizer.lr=0.01"))
@@ -56,6 +68,7 @@ def test_completions_are_learned_and_nothing_else_counts(config_of):
     assert result.held_out.tokens == 4 * (len(SUMS) - train_documents(run))
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_the_loss_is_that_of_every_example_by_itself(config_of, init, packing, loss_on):
@@ -94,6 +107,7 @@ def test_what_a_run_leaves(config_of):
     assert (run / "model" / "README.md").is_file()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_config_yaml_repeats_the_run(config_of, tmp_path):
     first = Trainer(config_of(SUMS, "run.id=first", "loss_on=all", "data.too_long=drop")).fit().run_directory
     again = load_run(first)
@@ -115,18 +129,21 @@ def test_conversations_bring_their_template(config_of, capsys):
     assert "say" in prompt[1]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_prompts_and_completions_of_messages_bring_it_too(config_of):
     rows = [{"prompt": chat["messages"][:1], "completion": chat["messages"][1:]} for chat in CHATS]
     run = Trainer(config_of(rows, "train.budget=1steps")).fit().run_directory
     assert AutoTokenizer.from_pretrained(run / "model").chat_template is not None
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("rows", [SUMS, [{"text": row["prompt"] + row["completion"]} for row in SUMS]])
 def test_no_template_where_there_are_no_conversations(config_of, rows):
     run = Trainer(config_of(rows, "train.budget=1steps")).fit().run_directory
     assert AutoTokenizer.from_pretrained(run / "model").chat_template is None
 
 
+@pytest.mark.usefixtures("no_report")
 def test_of_texts_all_is_learned_but_the_first_token(config_of):
     texts = [{"text": "a text of 24 characters!"} for _ in range(3)] + [{"text": "another, of 23 of them."} for _ in range(57)]
     trainer = Trainer(config_of(texts, "train.batch_tokens=64", "train.budget=1epochs", "data.packing=none"))
@@ -144,6 +161,7 @@ def test_the_embedded_set_trains(config_of):
     assert "expected" in (run.run_directory / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_two_sources_of_examples(tmp_path, init):
     """Rows of each are drawn by weight, and every format is learned."""
     write_rows(tmp_path / "a.jsonl", SUMS)
@@ -173,6 +191,7 @@ def stop_in_the_middle(trainer: Trainer, step: int) -> Result:
     return trainer.fit()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(config_of, tmp_path):
     settings = ["train.budget=8steps", "train.micro_batch=1", "optimizer.lr=0.01", "train.batch_tokens=512"]
     whole = Trainer(config_of(SUMS, *settings, "run.id=whole"))
@@ -184,6 +203,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(config_of, tmp_pa
     assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/stopped")
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_finetuned_run_is_finetuned_further(config_of, tmp_path):
     run = Trainer(config_of(CHATS, "run.id=first")).fit().run_directory
     config = finetune_config(tmp_path, run, tmp_path / "rows.jsonl", "run.id=second")
@@ -211,6 +231,7 @@ def test_rows_that_cannot_be_trained_on(config_of, rows, overrides, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_rows_left_out_are_counted(config_of):
     rows = [*SUMS, {"prompt": "an empty one", "completion": ""}, {"prompt": "x" * 200, "completion": "long"}]
     run = Trainer(config_of(rows, "data.too_long=drop", "train.budget=1steps")).fit().run_directory
@@ -240,12 +261,14 @@ def test_finetune_needs_weights_and_pretrain_needs_text(tmp_path, init):
         compose_run("pretrain", ["data=stdlib_docstrings"])
 
 
+@pytest.mark.usefixtures("no_report")
 def test_each_command_continues_its_own_runs(config_of):
     run = Trainer(config_of(SUMS, "train.budget=1steps")).fit().run_directory
     with pytest.raises(UserError, match="that run was started by gpt finetune"):
         compose_run("pretrain", [f"resume={run}"])
 
 
+@pytest.mark.usefixtures("no_report")
 def test_other_examples_under_the_same_run_are_refused(config_of, tmp_path):
     Trainer(config_of(SUMS, "run.id=r", "train.budget=1steps")).fit()
     with pytest.raises(UserError, match="data: the text or its tokens are not those"):

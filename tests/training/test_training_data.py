@@ -17,10 +17,15 @@ from gpt.errors import UserError
 from gpt.training.data import open_training_data
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
-from tests.training.finetuning import SUMS, finetune_config, save_small_model, write_rows
+from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, save_small_model, write_rows
 from tests.training.test_trainer import assert_same_run, losses
 
 T = 64  # of debug=golden
+
+
+@pytest.fixture(autouse=True)
+def quick_compositions(monkeypatch):
+    compose_groups_once(monkeypatch)
 
 
 @pytest.fixture
@@ -68,18 +73,23 @@ def config_of_kind(kind: str, small, tmp_path, *overrides: str) -> RunConfig:
     return small(source, *settings, *overrides)
 
 
+@pytest.fixture
+def nothing_left(monkeypatch):
+    """Runs end without a model folder and a report, which take longer than the run."""
+    monkeypatch.setattr("gpt.training.trainer.write_results", lambda *_: None)
+
+
 KINDS = [
-    "examples data.packing=best_fit",
     "examples data.packing=none",
     "mixture",
     "text data.document_mask=true",
-    "text data.streaming=true",
+    "text data.streaming=true tokenizer=bpe tokenizer.vocab_size=300",
     "jsonl data.streaming=true data.document_mask=true",
     "mixture data.streaming=true",
-    "text data.streaming=true tokenizer=bpe tokenizer.vocab_size=300",
 ]
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_exactly(kind, small, tmp_path):
     """7 steps at once; or 2, and more budget, a signal in the middle of step 5, and the rest."""
@@ -106,6 +116,7 @@ def test_a_run_goes_on_exactly(kind, small, tmp_path):
     assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/parts")
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_document_mask_changes_what_is_seen_and_not_what_is_learned(small, streaming):
     stream = f"data.streaming={str(streaming).lower()}"
@@ -126,6 +137,7 @@ def test_a_document_mask_changes_what_is_seen_and_not_what_is_learned(small, str
         assert ((masked.tokens[:, 1:] == runs[0].data.tokenizer.end_of_text) == (masked.documents.diff(dim=1) == 1)).all()
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("settings", [["data.document_mask=true"], ["data.streaming=true"]])
 def test_one_batch_can_be_learned_by_heart(small, settings):
     learning = ["train.overfit=true", "schedule=constant", "train.budget=60steps", "train.batch_tokens=128", "optimizer.lr=0.02"]
@@ -162,6 +174,7 @@ def test_a_stream_leaves_what_any_run_leaves(small):
     assert read_metrics(run / "metrics.jsonl")[0]["epoch"] is None
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_other_text_under_the_same_streaming_run_is_refused(small, texts):
     """Its ids are not known beforehand, and the byte tokenizer is the same for any text."""
     config = small("text", "data.streaming=true", "run.id=r", "train.budget=1steps")
@@ -171,6 +184,7 @@ def test_other_text_under_the_same_streaming_run_is_refused(small, texts):
         Trainer(small("text", "data.streaming=true", "run.id=r", "train.budget=2steps")).fit()
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_stream_moved_to_another_place_goes_on(small, texts, tmp_path):
     Trainer(small("text", "data.streaming=true", "run.id=r", "train.budget=1steps")).fit()
     (texts / "low").rename(tmp_path / "moved")
@@ -181,17 +195,19 @@ def test_a_stream_moved_to_another_place_goes_on(small, texts, tmp_path):
 @pytest.mark.parametrize("name", ["text", "mixture"])
 def test_too_little_held_out_of_a_stream(small, name, texts):
     for file in texts.glob("*/*.txt"):
-        file.write_text(file.read_text()[:60])
+        file.write_text(file.read_text()[:20])
     with pytest.raises(UserError, match=r"held-out text of text.* fewer than model\.context_length=64 and one more"):
         Trainer(small(name, "data.streaming=true")).fit()
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_mixture_streams_with_the_least_validation_that_there_is(small):
     """So many held-out tokens as one row has, which its parts have to share."""
     settings = [f"train.eval_tokens={T}", f"train.final_eval_tokens={T}", "train.budget=1steps"]
     assert Trainer(small("mixture", "data.streaming=true", *settings)).fit().held_out is not None
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("kind", ["text", "mixture data.streaming=true", "examples"])
 def test_the_share_of_waiting_is_told(kind, small, tmp_path):
     run = Trainer(config_of_kind(kind, small, tmp_path, "train.budget=20steps", "train.log_every=1")).fit().run_directory
@@ -201,6 +217,7 @@ def test_the_share_of_waiting_is_told(kind, small, tmp_path):
     assert statistics.median(waits) < 0.02
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_the_wait_for_the_first_batch_does_not_count_where_the_first_step_does_not(small, monkeypatch):
     """The time of a process's first step is left out; a stream that fills its buffer then must not count as many times the rest."""
     batch = RowBatches.batch
@@ -224,9 +241,9 @@ NEW_KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_run_from_before_these_keys_goes_on(small, tmp_path):
     run = Trainer(small("text", "run.id=old", "train.budget=2steps")).fit().run_directory
-    Trainer(small("text", "run.id=new", "train.budget=4steps", "schedule=constant")).fit()
     values = yaml.safe_load((run / "config.yaml").read_text())
     for section, names in NEW_KEYS.items():
         for name in names:
