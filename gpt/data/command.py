@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gpt.data.config import holds_examples, validate_examples, validate_text
 from gpt.data.prepare import prepare_corpus
+from gpt.errors import UserError
 
 if TYPE_CHECKING:
     from gpt.commands import PrepareConfig
@@ -31,6 +32,10 @@ def prepare(config: PrepareConfig) -> int:
         settings = ExampleSettings(data.format, config.loss_on, data.too_long, config.context_length, data.labels)
     else:
         validate_text(data)
+        if config.loss_on not in ("auto", "all"):
+            raise UserError(
+                f"loss_on={config.loss_on} is of examples to fine-tune on, and this is text; add finetune=true, or leave it out"
+            )
     prepare_corpus(data, config.tokenizer, config.context_length, _say, settings)
     return 0
 

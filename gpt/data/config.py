@@ -160,7 +160,8 @@ def validate_text(data: DataConfig) -> None:
     for part in data.parts or [data]:
         if part.source in EXAMPLE_SOURCES:
             raise UserError(
-                f"data={part.source}: holds examples for fine-tuning, no text; use it with gpt finetune or gpt prepare finetune=true, or look at it with gpt inspect"
+                f"data={part.source}: holds examples for fine-tuning, no text; use it with gpt finetune or gpt prepare finetune=true, "
+                "or look at it with gpt inspect"
             )
     usual = DataConfig()
     for name in ("format", "labels", "too_long", "packing"):

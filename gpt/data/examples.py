@@ -62,17 +62,13 @@ class ExampleEncoder:
         settings: what is learned, what becomes of long examples.
         format: of the rows, from `recognise_format`.
         classes: from `collect_classes`; for text_label and tokens_tags.
-        skip_bad_rows: leave out rows that are none of this format, counted as skipped_rows, instead of raising.
 
     Raises:
         UserError: settings that do not go with the format.
     """
 
-    def __init__(
-        self, tokenizer_directory: str, settings: ExampleSettings, format: str, classes: list[str], skip_bad_rows: bool = False
-    ) -> None:
+    def __init__(self, tokenizer_directory: str, settings: ExampleSettings, format: str, classes: list[str]) -> None:
         self.tokenizer_directory, self.settings, self.format, self.classes = tokenizer_directory, settings, format, classes
-        self.skip_bad_rows = skip_bad_rows
         loss_on = _LOSS_ON.get(format, ())
         if settings.loss_on not in ("auto", *loss_on):
             raise UserError(f"loss_on={settings.loss_on} is not for rows of {format}; there are: {', '.join(('auto', *loss_on))}")
@@ -83,7 +79,7 @@ class ExampleEncoder:
         self._loaded: Tokenizer | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ExampleEncoder, (self.tokenizer_directory, self.settings, self.format, self.classes, self.skip_bad_rows)
+        return ExampleEncoder, (self.tokenizer_directory, self.settings, self.format, self.classes)
 
     def __call__(self, rows: Sequence[Row]) -> list[Encoded]:
         """Each row's example, in order; of a split text, its pieces.
@@ -94,15 +90,7 @@ class ExampleEncoder:
         if rows and self._loaded is None:
             some = "\n".join(str(value) for row in rows[:100] for value in row.values.values())[:100_000]
             self._loaded = load_tokenizer(self.tokenizer_directory, check=without_surrogates(some))
-        return [example for row in rows for example in self._examples_or_none(row)]
-
-    def _examples_or_none(self, row: Row) -> list[Encoded]:
-        try:
-            return self._examples(row)
-        except UserError:
-            if not self.skip_bad_rows:
-                raise
-            return [_dropped(row, "skipped_rows")]
+        return [example for row in rows for example in self._examples(row)]
 
     def _examples(self, row: Row) -> list[Encoded]:
         check_fields(row, self.format, exactly=self.settings.format == "auto")

@@ -58,7 +58,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def summary(index: Index, counts: Counter[str], seconds: float, within: bool = False) -> str:
     """What was prepared, in a line; `within`: a document has a part on either side of the split."""
-    documents, size, tokens = (max if within else sum)(index.documents.values()), sum(index.bytes.values()), sum(map(sum, index.tokens.values()))
+    documents = (max if within else sum)(index.documents.values())
+    size, tokens = sum(index.bytes.values()), sum(map(sum, index.tokens.values()))
     made = f"{tokens / 1e6:.1f}M" if tokens >= 1_000_000 else f"{tokens:,}"
     if index.kind == "text":
         ratio = f" ({size / tokens:.2f} bytes per token)" if tokens else ""

@@ -164,6 +164,8 @@ class JsonlSource(FileSource):
             problem = f"is not JSON at column {error.colno} ({error.msg}); write one object a line"
         except UserError:
             raise
+        except NestedTooDeepError as error:
+            problem = str(error)
         except ValueError:
             problem = "holds a number of thousands of digits"
         self._reader.refuse(f"{place}: {problem}", report)

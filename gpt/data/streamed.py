@@ -49,11 +49,15 @@ def prepare_streams(
         UserError: no text, too little held-out text, text that cannot be read, a tokenizer that cannot be made.
     """
     plan = make_plan(data, tokenizer, cache_directory(data), say, None)
-    sources = [_streamed(part, plan, data) for part in plan.parts]
+    sources = [_streamed(part, plan, data, ReadReport()) for part in plan.parts]
     parts = []
     for source, part in zip(sources, plan.parts, strict=True):
         say(f"{source.name}: read and cut into ids while training")
-        held_out = collect_held_out(_held_out_rows(source, part), max(context_length, held_out_tokens // len(sources)))
+        report = ReadReport()
+        limit = max(context_length, held_out_tokens // len(sources))
+        held_out = collect_held_out(_held_out_rows(_streamed(part, plan, data, report), part), limit)
+        for note in report.warnings():
+            say(f"note: {note}")
         if len(held_out.tokens) < context_length + 1:
             raise UserError(
                 f"data: the held-out text of {source.name} has {len(held_out.tokens)} tokens, fewer than model.context_length="
@@ -71,11 +75,9 @@ def prepare_streams(
     return corpus, StreamingBatches(sources, context_length, sequences, seed, data.document_mask)
 
 
-def _streamed(part: PartPlan, plan: Plan, data: DataConfig) -> StreamedSource:
+def _streamed(part: PartPlan, plan: Plan, data: DataConfig, report: ReadReport) -> StreamedSource:
     encoder = TextEncoder(str(plan.directory), plan.check, part.hold_out)
-    return StreamedSource(
-        part.source.name, partial(part.source.rows, ReadReport()), partial(_encode, encoder, data), part.hold_out, part.weight
-    )
+    return StreamedSource(part.source.name, partial(part.source.rows, report), partial(_encode, encoder, data), part.hold_out, part.weight)
 
 
 def _held_out_rows(source: StreamedSource, part: PartPlan) -> StreamedSource:

@@ -163,7 +163,7 @@ def survey(source: Source, holdout: float, characters: int, examples: bool = Fal
         documents = round(documents * source.size / read)  # about as many as there are
     if not documents and not examples:
         left_out = [f"{n} {what}" for n, what in ((report.empty_files, "empty"), (report.binary_files, "binary")) if n]
-        raise UserError(f"data: there is no text in {source.place}" + f" ({', '.join(left_out)})" * bool(left_out))
+        raise UserError(f"data: there is no text in {source.name}" + f" ({', '.join(left_out)})" * bool(left_out))
     if documents * min(holdout, 1 - holdout) >= MIN_FILES_PER_SIDE:
         return Survey(by_name, whole_texts, whole)
     if not examples:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import statistics
 import time
 from contextlib import closing
@@ -111,14 +112,15 @@ class Trainer:
         if self.compiled:
             documents = config.on_examples or config.data.document_mask
             ahead = CompileAhead(self.device, self._expected_model(), self.micro_batch, config.sequence_length, documents)
-        self.data = open_training_data(config, self.sequences, say)
+        checkpoint = self._checkpoint() if resumable else None
+        self.data = open_training_data(self._with_tokenizer(checkpoint), self.sequences, say)
         if ahead is not None and not ahead.done():
             say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
             self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
         self._set_vocab_size(self.data)
         self.byte_lengths = self.data.tokenizer.byte_lengths()
-        self.model = self._initial_model()
+        self.model = self._initial_model(checkpoint)
         self.model.to(self.device.type)
         self.model.tie()
         self.loss = LinearCrossEntropy(self.device.dtype)
@@ -126,8 +128,8 @@ class Trainer:
         self.batches: Batches = OneBatch(self.data.batches) if config.train.overfit else self.data.batches
         self.state = TrainingState(corpus=self.data.fingerprint)
         self.total_steps, self.total_seconds = self._length()
-        if resumable:
-            self._resume()
+        if checkpoint is not None:
+            self._resume(checkpoint)
         self.metrics = MetricsFile(self.directory.metrics, self.state.step)
         self.directory.write_config(config)
         self.directory.write_environment(self.device)
@@ -136,12 +138,26 @@ class Trainer:
         if self.compiled:
             compile_model(self.model, self.loss)
 
-    def _initial_model(self) -> GPT:
-        """Random weights, or those of `init`, in fp32 on the CPU. Seeds the random numbers of the run."""
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to go on from; None: from the beginning, said aloud."""
+        checkpoint = newest_whole(self.directory.checkpoints, say)
+        if checkpoint is None:
+            say(f"no checkpoint in {self.directory.checkpoints} yet: starting at step 0")
+        return checkpoint
+
+    def _with_tokenizer(self, checkpoint: Path | None) -> RunConfig:
+        """The config, with the run's own copy of a pretrained tokenizer where that has gone and the run goes on."""
+        tokenizer, own = self.config.tokenizer, self.directory.path / "tokenizer.json"
+        if checkpoint is None or tokenizer.path is None or os.path.exists(tokenizer.path) or not own.is_file():
+            return self.config
+        return replace(self.config, tokenizer=replace(tokenizer, path=str(own)))
+
+    def _initial_model(self, checkpoint: Path | None) -> GPT:
+        """Random weights, or those of `init`, in fp32 on the CPU; where a checkpoint brings them, any. Seeds the run's random numbers."""
         config = self.config
         torch.manual_seed(config.seed)
         model = GPT.materialise(config.model)
-        if config.init is None:
+        if checkpoint is not None or config.init is None:
             model.init_weights()
             return model
         # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.
@@ -186,11 +202,7 @@ class Trainer:
                 raise UserError(f"{key}={now}: the run in {path} was started with {key}={then}; set it so, or choose another run.id")
         return True
 
-    def _resume(self) -> None:
-        checkpoint = newest_whole(self.directory.checkpoints, say)
-        if checkpoint is None:
-            say(f"no checkpoint in {self.directory.checkpoints} yet: starting at step 0")
-            return
+    def _resume(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint, self.model, self.optimizers)
         if state.corpus != self.state.corpus:
             raise UserError(

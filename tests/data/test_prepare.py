@@ -374,7 +374,7 @@ class TestFilters:
         assert Counter(texts) == Counter(workshop.texts().values()) - Counter(["the same\n", "  tiny  \n"])
         counts = made.manifest["sources"][0]["counts"]
         assert (counts["duplicates"], counts["near_empty"]) == (1, 1)
-        assert any("1 duplicates, 1 near-empty documents left out" in line for line in workshop.said)
+        assert any("; left out: 1 duplicates, 1 near-empty" in line for line in workshop.said)
 
     def test_nothing_is_left_out_unless_asked_for(self, workshop):
         (workshop.text / "x1.txt").write_text("x")

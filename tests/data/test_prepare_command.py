@@ -7,7 +7,7 @@ import pytest
 
 from gpt.commands import PrepareConfig
 from gpt.data.command import prepare
-from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.config import DataConfig, PartConfig, TokenizerConfig
 from gpt.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_preparing_says_what_it_does_and_where_the_tokens_are(place, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert f"tokens kept in {only_folder(place)}\n" in printed.err
-    assert "MB in 80 documents -> " in printed.err
+    assert "MB in 40 documents -> " in printed.err
     assert prepare(config(place)) == 0
     assert f"tokens from the cache: {only_folder(place)}\n" in capsys.readouterr().err
 
@@ -54,6 +54,60 @@ def test_preparing_examples(place, capsys):
     assert "learned tokens" in printed
     assert "learned: " in printed
     assert "yes, " in printed
+
+
+def test_what_finetune_takes_for_text_is_prepared_as_text(place, capsys):
+    assert prepare(config(place, finetune=True)) == 0
+    assert "MB in 40 documents -> " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "finetune", "loss_on", "message"),
+    [
+        (DataConfig(source="stdlib_docstrings"), False, "auto", r"^data=stdlib_docstrings: holds examples .* gpt prepare finetune=true"),
+        (DataConfig(source="stdlib_topics", format="messages"), True, "auto", r"^data\.format=messages is of examples"),
+        (DataConfig(source="stdlib_topics"), True, "assistant", r"^loss_on=assistant is of examples"),
+        (DataConfig(source="stdlib_docstrings", document_mask=True), True, "auto", r"^data\.document_mask=true is of text"),
+        (
+            DataConfig(source="mixture", parts=[PartConfig(source="stdlib_docstrings"), PartConfig(source="stdlib_topics")]),
+            True, "auto", r"^data\.parts: stdlib_docstrings holds examples and stdlib_topics text",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_run_would_take_is_not_prepared(data, finetune, loss_on, message):
+    with pytest.raises(UserError, match=message):
+        prepare(PrepareConfig(data=data, finetune=finetune, loss_on=loss_on))
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ("", {}, r"^data: there are no rows in jsonl: 1 file \(.*rows\.jsonl\); give"),
+        ("\n", {"format": "messages"}, r"^data: there are no rows in jsonl: 1 file \(.*rows\.jsonl\); give"),
+        ("a,b\n", {"on_error": "skip"}, r"no rows in .*rows\.jsonl\) \(1 left out, e\.g\. .*rows\.jsonl, line 1: is not JSON"),
+        ('{"prompt": "a", "completion": ""}\n' * 9, {}, r"no training examples: 9 are without a completion"),
+        (
+            '{"prompt": "a", "completion": "b"}\n' * 9,
+            {"too_long": "drop"},
+            r"no training examples: 9 are longer than a row; set data\.too_long",
+        ),
+    ],
+)
+def test_why_there_are_no_examples_is_said(place, rows, settings, message):
+    (place / "rows.jsonl").write_text(rows)
+    data = DataConfig(source="jsonl", paths=[str(place / "rows.jsonl")], cache_dir=str(place / "cache"), **settings)
+    with pytest.raises(UserError, match=message):
+        prepare(config(place, data=data, finetune=True, context_length=2))
+
+
+@pytest.mark.parametrize("bad", ['{"prompt": "a"}', '{"messages": [{"role": "user", "content": "a"}]}', '{"prompt": "a", "completion": 3}'])
+def test_rows_of_another_format_are_left_out_if_asked_for(place, capsys, bad):
+    (place / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20 + bad + "\n")
+    data = DataConfig(source="jsonl", paths=[str(place / "rows.jsonl")], cache_dir=str(place / "cache"), on_error="skip")
+    assert prepare(config(place, data=data, finetune=True)) == 0
+    printed = capsys.readouterr().err
+    assert "20 examples -> " in printed
+    assert "note: 1 rows were left out" in printed
 
 
 class TestInspect:

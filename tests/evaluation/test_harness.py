@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from gpt.commands import EvaluateConfig
+from gpt.data.hub import quiet_hub
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.command import evaluate
-from gpt.evaluation.harness import _hub_answers, _quiet_hub, adapter, find_tasks, loglikelihoods, run_tasks
+from gpt.evaluation.harness import _hub_answers, adapter, find_tasks, loglikelihoods, run_tasks
 from gpt.inference.loading import load_model
 from gpt.model.transformer import GPT
 from tests.evaluation.conftest import CONTEXT, make_model
@@ -299,7 +300,7 @@ def test_the_hub_s_own_lines_are_for_debugging(debug, monkeypatch):
     monkeypatch.setenv("GPT_DEBUG", debug)
     logger = logging.getLogger("huggingface_hub.utils._http")
     before = (logger.isEnabledFor(logging.WARNING), config.HF_HUB_OFFLINE)
-    with _quiet_hub(True):
+    with quiet_hub(True):
         assert logger.isEnabledFor(logging.WARNING) == bool(debug)
         assert config.HF_HUB_OFFLINE
     assert before == (logger.isEnabledFor(logging.WARNING), config.HF_HUB_OFFLINE)

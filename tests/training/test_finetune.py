@@ -275,3 +275,14 @@ def test_other_examples_under_the_same_run_are_refused(config_of, tmp_path):
         Trainer(config_of([*SUMS, {"prompt": "one", "completion": "more"}], "run.id=r")).fit()
     shutil.rmtree(tmp_path / "cache")  # made again, and the same
     assert Trainer(config_of(SUMS, "run.id=r", "train.budget=2steps")).fit().state.step == 2
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_goes_on_without_the_weights_it_began_from(tmp_path, init):
+    """What it needs of them is in the run: the tokenizer, and in every checkpoint the weights."""
+    mine, rows = shutil.copytree(init, tmp_path / "mine"), write_rows(tmp_path / "rows.jsonl", SUMS)
+    run = Trainer(finetune_config(tmp_path, mine, rows, "run.id=r")).fit().run_directory
+    shutil.rmtree(mine)
+    result = Trainer(compose_run("finetune", [f"resume={run}", "train.budget=5steps"])).fit()
+    assert result.state.step == 5
+    assert load_run(run).tokenizer.path == str(mine), "the config stays as it was, so that the same command goes on with it"
