@@ -10,6 +10,7 @@ import copy
 import hashlib
 import logging
 import os
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -57,6 +58,8 @@ class HubSource(Source):
         if self._dataset.column_names is not None:
             columns = self._reader.check_columns(self._dataset.column_names, self.name)
             self._dataset = self._dataset.select_columns(columns)  # others may be pictures, slow to unpack
+        # To copy it by `deepcopy` fails in other threads: it holds fsspec's cache of file systems, which grows by those of the thread.
+        self._pickled = pickle.dumps(self._dataset) if streaming else b""
         self._classes = _class_names(self._dataset.features or {})
         self.size = self._dataset.info.dataset_size
 
@@ -83,7 +86,7 @@ class HubSource(Source):
         position = {"row": given["row"]}
         if not self._streaming:
             return RowStream(self._rows(self._stored(position["row"]), report, position), lambda: dict(position))
-        dataset = copy.deepcopy(self._dataset)  # which keeps the place of one stream
+        dataset = pickle.loads(self._pickled)  # since it keeps the place of one stream
         if "dataset" in given:
             dataset.load_state_dict(copy.deepcopy(given["dataset"]))
 

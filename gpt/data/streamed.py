@@ -12,7 +12,7 @@ import numpy as np
 from gpt.data.config import DataConfig, TokenizerConfig
 from gpt.data.encoded import Encoded
 from gpt.data.encoding import TextEncoder
-from gpt.data.manifest import combine, describe_tokenizer
+from gpt.data.manifest import combine, describe_preparation, describe_tokenizer
 from gpt.data.plan import PartPlan, Plan, make_plan
 from gpt.data.prepare import Corpus, Part, cache_directory
 from gpt.data.redaction import Redactor
@@ -67,7 +67,9 @@ def prepare_streams(
         index = Index(vocab_size=plan.tokenizer.vocab_size, tokenizer=plan.tokenizer.fingerprint(), source=part.fingerprint)
         parts.append(Part(source.name, part.weight, nothing, held_out, index))
     described = [
-        part.source.describe() | {"name": part.source.name, "weight": part.weight, "fingerprint": part.fingerprint, "streamed": True}
+        part.source.describe()
+        | {"name": part.source.name, "weight": part.weight, "fingerprint": part.fingerprint, "streamed": True}
+        | {"prepared": describe_preparation(data)}
         for part in plan.parts
     ]
     manifest = combine(described, describe_tokenizer(tokenizer, plan.tokenizer), "text", [])

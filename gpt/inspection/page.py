@@ -26,7 +26,7 @@ def check_output(output: str) -> Path | None:
     Raises:
         UserError: it cannot be written there.
     """
-    if not output:
+    if output in ("", "null"):
         return None
     path = Path(os.path.expanduser(output))
     if path.is_dir():

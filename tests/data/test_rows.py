@@ -5,6 +5,7 @@ import random
 import socket
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,13 @@ class TestHub:
             next(one)
         assert next(two).values["text"] == "row 0"
         assert next(one).values["text"] == "row 500"
+
+    def test_a_stream_is_opened_in_a_thread_as_batches_are(self, folder):
+        source = self.open(folder, streaming=True)
+        assert next(source.rows(ReadReport())).values["text"] == "row 0"
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(lambda: [row.values["text"] for row in source.rows(ReadReport())]).result()
+        assert found == [f"row {i}" for i in range(1200)]
 
     def test_a_part_of_a_split(self, folder):
         assert len(list(self.open(folder, split="train[:10]").rows(ReadReport()))) == 10

@@ -212,6 +212,7 @@ def test_no_page_is_written_if_none_is_wanted(examples_file: Path, cache_dir: Pa
 
 
 def test_a_page_that_cannot_be_written_is_said_before_any_work(tmp_path: Path):
+    assert check_output("") is check_output("null") is None
     with pytest.raises(UserError, match=r"output=.*nowhere/x\.html: there is no folder .*nowhere; make it"):
         check_output(str(tmp_path / "nowhere" / "x.html"))
     with pytest.raises(UserError, match=r"output=.*: is a folder; name a file in it"):
