@@ -161,6 +161,20 @@ def _revision(name: str) -> tuple[str | None, bool]:
         return None, True
 
 
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached, asked once."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # its errors are of another library in every version
+        return False
+    return True
+
+
 @contextmanager
 def quiet_hub(offline: bool = False) -> Iterator[None]:
     """Data sets are opened without the hub, from what was downloaded before, if `offline`; and without what the hub's libraries log

@@ -48,6 +48,12 @@ COMMIT_BYTES = 64_000_000  # of text
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _OF_THE_BUILD = ("progress.json", "seen.sqlite", "seen.sqlite-journal")
 
+# What is said of examples each time they are used.
+_CUT = {
+    "truncated": "were cut to fit the context", "split": "were cut into several", "dropped_too_long": "were longer and left out",
+    "dropped_no_target": "had nothing to learn and were left out",
+}  # fmt: skip
+
 Kind = Literal["text", "language_model", "text_label", "tokens_tags"]
 
 
@@ -301,7 +307,7 @@ class _Build:
         report.split_within_files = self.part.hold_out.within
         if refused := self.counts.pop("skipped_rows", 0):
             report.skipped_rows += refused
-            report.first_skipped = report.first_skipped or f"those that are not of {self.part.format}"
+            report.first_skipped = report.first_skipped or f"those that are not of {self.part.format} (data.on_error=raise names the first)"
         self.index.notes = report.warnings()
         for split, writer in self.writers.items():
             writer.finish()
@@ -312,6 +318,8 @@ class _Build:
             if (self.plan.directory / name).is_file():
                 shutil.copyfile(self.plan.directory / name, self.directory / name)
                 self.index.files[name] = checksum(self.directory / name)
+        cut = [f"{n:,} {_CUT[name]}" for name in _CUT if (n := self.counts.get(name, 0))]
+        self.index.notes += [f"of the examples {', '.join(cut)}"] if cut else []
         description = describe_part(self.part.source.describe(), self.data, self.index, self.counts, report)
         write_json(self.directory / "manifest.json", description)
         self.index.files["manifest.json"] = checksum(self.directory / "manifest.json")

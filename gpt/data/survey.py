@@ -64,6 +64,8 @@ def text_of(row: Row) -> str:
     if text is not None:
         raise UserError(f"{row.place}: text must be text, not {brief(text)}; mend it, or leave it out with data.on_error=skip")
     have = f"it has {', '.join(row.values)}" if row.values else "none of data.fields is there"
+    if {"completion", "messages"} & row.values.keys():
+        raise UserError(f"{row.place}: an example ({have}), no plain text; use gpt finetune, or examples=true with gpt evaluate")
     raise UserError(f"{row.place}: no text to train on ({have}); name the field that holds it, e.g. data.fields.text=body")
 
 
@@ -163,7 +165,7 @@ def survey(source: Source, holdout: float, characters: int, examples: bool = Fal
         documents = round(documents * source.size / read)  # about as many as there are
     if not documents and not examples:
         left_out = [f"{n} {what}" for n, what in ((report.empty_files, "empty"), (report.binary_files, "binary")) if n]
-        raise UserError(f"data: there is no text in {source.name}" + f" ({', '.join(left_out)})" * bool(left_out))
+        raise UserError(f"data: there is no text in {source.place}" + f" ({', '.join(left_out)})" * bool(left_out))
     if documents * min(holdout, 1 - holdout) >= MIN_FILES_PER_SIDE:
         return Survey(by_name, whole_texts, whole)
     if not examples:

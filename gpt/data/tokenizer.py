@@ -303,11 +303,15 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    from gpt.data.hub import hub_answers
+
     try:
-        return Path(hf_hub_download(hub_id, "tokenizer.json"))
+        return Path(hf_hub_download(hub_id, "tokenizer.json", local_files_only=not hub_answers()))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         why = " ".join(str(error).split())
-        raise UserError(f"no tokenizer.json in the folder {hub_id!r}, nor at the Hugging Face hub: {why}") from error
+        raise UserError(
+            f"tokenizer.path={hub_id}: no tokenizer.json in such a folder, nor at the Hugging Face hub: {why}"
+        ) from error
 
 
 def without_surrogates(text: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from gpt.commands import EvaluateConfig
-from gpt.data.hub import quiet_hub
+from gpt.data.hub import hub_answers, quiet_hub
 from gpt.errors import UserError
 from gpt.evaluation.perplexity import token_nll
 from gpt.evaluation.progress import note, progress_bar
@@ -31,7 +31,6 @@ from gpt.model.transformer import GPT
 
 _MAX_GEN_TOKS = 256  # HFLM's, where a task does not say
 _SEED = 1234  # the harness's own, for whatever is drawn
-_SECONDS = 5  # to wait for the hub's first answer; it would be tried again for half a minute
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
@@ -82,7 +81,7 @@ def run_tasks(manager: Any, loaded: Loaded, length: int, config: EvaluateConfig)
     random.seed(0)  # the seeds of the harness's own command
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
-    offline = not _hub_answers()
+    offline = not hub_answers()
     try:
         with quiet_hub(offline):
             tasks = manager.load(manager.match_tasks(config.tasks))
@@ -105,20 +104,6 @@ def run_tasks(manager: Any, loaded: Loaded, length: int, config: EvaluateConfig)
     _print_table(found)
     kept = {key: found[key] for key in ("results", "groups", "n-shot", "n-samples") if key in found}
     return kept | {"task_versions": found["versions"]}
-
-
-def _hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached, asked once."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-    except Exception:  # its errors are of another library in every version
-        return False
-    return True
 
 
 def _print_table(found: dict[str, Any]) -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from gpt.commands import EvaluateConfig
-from gpt.data.hub import quiet_hub
+from gpt.data.hub import hub_answers, quiet_hub
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.command import evaluate
-from gpt.evaluation.harness import _hub_answers, adapter, find_tasks, loglikelihoods, run_tasks
+from gpt.evaluation.harness import adapter, find_tasks, loglikelihoods, run_tasks
 from gpt.inference.loading import load_model
 from gpt.model.transformer import GPT
 from tests.evaluation.conftest import CONTEXT, make_model
@@ -281,15 +281,15 @@ def test_a_task_of_the_hub_without_the_hub_is_refused_at_once(folder, tmp_path, 
 
 
 @needs_harness
-def test_whether_the_hub_answers(monkeypatch):
+def test_whether_thehub_answers(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.handle_request, daemon=True).start()
-        assert _hub_answers(), "an error is an answer too"
-    assert not _hub_answers()
+        assert hub_answers(), "an error is an answer too"
+    assert not hub_answers()
 
 
 @needs_harness
