@@ -33,7 +33,7 @@ def read(kind: str, name: str, content: bytes, on_error: str) -> list[Row] | Non
         path.write_bytes(content)
         report, rows, refusal = ReadReport(), [], ""
         try:
-            source = open_source(SourceConfig(source=kind, paths=[str(path)]), on_error)  # pyright: ignore[reportArgumentType]
+            source = open_source(SourceConfig(source=kind, paths=[str(path)]), on_error)
             source.fingerprint()
             stream = source.rows(report)
             rows = list(stream)

@@ -37,7 +37,7 @@ def texts(stdlib_files: list[Path]) -> list[str]:
 def trained(texts: list[str], vocab_size: int = 700) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges without control tokens, ids in the order of the merges."""
     backend = HFTokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(byte_of_character()), show_progress=False)
     backend.train_from_iterator(texts[:20], trainer)
     model = json.loads(backend.to_str())["model"]
@@ -54,8 +54,8 @@ def as_gpt2(texts: list[str]) -> HFTokenizer:
     vocab, merges = trained(texts)
     vocab["<|endoftext|>"] = len(vocab)  # in the vocabulary too, as in GPT-2's file
     backend = HFTokenizer(models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix=""))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # pyright: ignore
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
     backend.add_special_tokens(["<|endoftext|>"])
     return backend
 
@@ -69,18 +69,18 @@ def as_llama3(texts: list[str]) -> HFTokenizer:
         merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
     vocab["Ġqzqz"] = len(vocab)  # a token that no merges make, only a whole piece
     backend = HFTokenizer(models.BPE(vocab, merges, ignore_merges=True))
-    backend.pre_tokenizer = split_then_bytes(LLAMA3)  # pyright: ignore
+    backend.pre_tokenizer = split_then_bytes(LLAMA3)
     backend.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
     names = [("<|begin_of_text|>", backend.token_to_id("<|begin_of_text|>"))]
     template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=names)
-    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])  # pyright: ignore
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
     return backend
 
 
 def as_qwen(texts: list[str]) -> HFTokenizer:
     backend = HFTokenizer(models.BPE(*trained([*texts[:20], "é à ñ ü " * 200])))
-    backend.normalizer = normalizers.NFC()  # pyright: ignore
-    backend.pre_tokenizer = split_then_bytes(LLAMA3.replace("{1,3}", ""))  # pyright: ignore
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = split_then_bytes(LLAMA3.replace("{1,3}", ""))
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     backend.add_tokens([AddedToken("<think>", special=False, normalized=False), AddedToken("é!", special=False, normalized=True)])
     return backend
@@ -88,7 +88,7 @@ def as_qwen(texts: list[str]) -> HFTokenizer:
 
 def as_neox(texts: list[str]) -> HFTokenizer:
     backend = as_gpt2(texts)
-    backend.normalizer = normalizers.NFC()  # pyright: ignore
+    backend.normalizer = normalizers.NFC()
     backend.add_tokens([AddedToken(" " * n, special=False, normalized=True) for n in range(24, 1, -1)])
     return backend
 

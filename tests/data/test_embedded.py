@@ -21,7 +21,7 @@ SETS = ["stdlib_docstrings", "stdlib_packages", "stdlib_tokens", "stdlib_topics"
 
 @cache
 def source(name: str) -> Source:
-    return open_source(SourceConfig(source=name), "auto")  # pyright: ignore[reportArgumentType]
+    return open_source(SourceConfig(source=name), "auto")
 
 
 @cache

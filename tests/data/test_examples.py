@@ -46,7 +46,7 @@ def with_begin(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<|begin|>", "<|end|>"])
     single = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", backend.token_to_id("<|begin|>"))])
-    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), single])  # pyright: ignore
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), single])
     made = tmp_path_factory.mktemp("with_begin")
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>").save_pretrained(made)
     return made
@@ -374,7 +374,7 @@ class TestLabels:
             (models.WordLevel({"a": 0, "b": 1}, unk_token="a"), pre_tokenizers.WhitespaceSplit(), ["b", "a", " "], [0, 1]),
         ):  # fmt: skip
             backend = HFTokenizer(model)
-            backend.pre_tokenizer = pre_tokenizer  # pyright: ignore
+            backend.pre_tokenizer = pre_tokenizer
             backend.save(str(tmp_path / "tokenizer.json"))
             (example,) = encode(tmp_path, row(tokens=words, tags=["0", "1", "2"]), classes=("0", "1", "2"))
             assert example.labels is not None

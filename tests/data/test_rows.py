@@ -24,7 +24,7 @@ from gpt.errors import UserError
 
 
 def source_of(kind: str, *paths: Path | str, on_error="auto", **fields: str) -> Source:
-    return open_source(SourceConfig(source=kind, paths=[str(p) for p in paths], fields=FieldNames(**fields)), on_error)  # pyright: ignore
+    return open_source(SourceConfig(source=kind, paths=[str(p) for p in paths], fields=FieldNames(**fields)), on_error)
 
 
 def jsonl(path: Path, content: str | bytes, on_error="auto", **fields: str) -> tuple[list[Row], ReadReport]:

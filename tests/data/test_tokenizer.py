@@ -79,7 +79,7 @@ def test_truncation_and_padding_in_the_file_do_not_apply(trained, tmp_path):
 def plain_offsets(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Those of `tokenizers`, without a post-processor, which would take blanks out of them."""
     backend = HFTokenizer.from_str(tokenizer.backend.to_str())
-    backend.post_processor = None  # pyright: ignore
+    backend.post_processor = None
     backend.encode_special_tokens = True
     encoding = backend.encode(text, add_special_tokens=False)
     return encoding.ids, encoding.offsets
@@ -110,14 +110,14 @@ class TestOffsets:
         from tokenizers import processors
 
         backend = HFTokenizer.from_str(trained.backend.to_str())
-        backend.post_processor = processors.ByteLevel(trim_offsets=True)  # pyright: ignore
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
         assert Tokenizer(backend).encode_with_offsets("a  b")[1] == trained.encode_with_offsets("a  b")[1]
         backend.add_tokens([AddedToken("#!", special=False, lstrip=True)])  # takes the blanks before it, so that bytes do not add up
         assert Tokenizer(backend).encode_with_offsets("a  #!") == ([*trained.encode("a"), 1024], [(0, 1), (1, 5)])
 
     def test_with_a_normalizer(self, trained):
         backend = HFTokenizer.from_str(trained.backend.to_str())
-        backend.normalizer = normalizers.NFC()  # pyright: ignore
+        backend.normalizer = normalizers.NFC()
         tokenizer = Tokenizer(backend)
         assert tokenizer.encode_with_offsets("é éx") == trained.encode_with_offsets("é éx")
         ids, offsets = tokenizer.encode_with_offsets("e\u0301 e\u0301x")
@@ -128,8 +128,8 @@ class TestOffsets:
         from tokenizers import processors
 
         backend = HFTokenizer.from_str(trained.backend.to_str())
-        backend.normalizer = normalizers.NFC()  # pyright: ignore
-        backend.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])  # pyright: ignore
+        backend.normalizer = normalizers.NFC()
+        backend.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
         assert Tokenizer(backend).encode_with_offsets("a b") == trained.encode_with_offsets("a b")
         assert Tokenizer(backend).encode_with_offsets("") == ([], [])
 
@@ -141,8 +141,8 @@ def sentencepiece(scheme: str) -> HFTokenizer:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁b", "ba", "▁ba"]
     merges = [("▁", "b"), ("b", "a"), ("▁b", "a")]
     backend = HFTokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)  # pyright: ignore
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])  # pyright: ignore
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens(["<unk>", "<s>", AddedToken("</s>", special=True, rstrip=True, lstrip=True)])
     return backend
 
@@ -161,7 +161,7 @@ def controlled(request: pytest.FixtureRequest, trained: Tokenizer) -> HFTokenize
     backend = HFTokenizer.from_str(trained.backend.to_str())
     backend.add_special_tokens(["<s>", AddedToken("</s>", special=True, rstrip=True)])
     if kind == "composing":
-        backend.normalizer = normalizers.NFC()  # pyright: ignore
+        backend.normalizer = normalizers.NFC()
     return backend
 
 
