@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from benchmark_data import encoding
+from benchmark_data import batches, encoding
 from benchmark_inference import cache, decode, first_token, load
 from benchmark_preparation import preparation
 
@@ -175,7 +175,7 @@ def startup() -> None:
 
 BENCHMARKS = {
     "startup": startup, "attention": attention, "loss": loss, "step": step, "documents": documents,
-    "encoding": encoding, "preparation": preparation,
+    "encoding": encoding, "batches": batches, "preparation": preparation,
     "decode": decode, "cache": cache, "first_token": first_token, "load": load,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Measurements of turning text into ids, by processor time on one thread: part of `make bench`."""
+"""Measurements of turning text into ids, by processor time on one thread, and of making batches: part of `make bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt.data.config import TokenizerConfig
+from gpt.data.config import DataConfig, PartConfig, TokenizerConfig
+from gpt.data.examples import ExampleSettings
+from gpt.data.loader import build_batches
+from gpt.data.prepare import prepare_corpus
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_training import make_tokenizer
 
@@ -45,6 +48,27 @@ def encoding() -> None:
         rates = [megabytes / seconds for seconds in _in_turn(_encoders(tokenizer, texts))]
         per_token = megabytes * 1e6 / sum(map(len, ids))
         print(f"| {name} | {per_token:.2f} | " + " | ".join(f"{rate:,.1f}" for rate in rates) + " |", flush=True)
+
+
+def batches() -> None:
+    """Time to make a batch of 16 rows of 256 tokens, of the standard library and of the docstrings in it."""
+    length, sequences = 256, 16
+    text, rows = DataConfig(), DataConfig(source="stdlib_docstrings")
+    mixed = DataConfig(source="mixture", parts=[PartConfig(weight=3), PartConfig(source="stdlib_topics")])
+    corpora = {
+        "text": (text, None), "text, with documents": (DataConfig(document_mask=True), None),
+        "packed examples": (rows, ExampleSettings(context_length=length)), "a mixture of two texts": (mixed, None),
+    }  # fmt: skip
+    print(f"\n### making a batch of {sequences} x {length} tokens\n\n| batch of | microseconds |\n| --- | ---: |")
+    for name, (data, examples) in corpora.items():
+        corpus = prepare_corpus(data, TokenizerConfig(), length, lambda text: None, examples)
+        made = build_batches(corpus, data, length, sequences, seed=1)
+        took = []
+        for step in range(300):
+            started = time.perf_counter()
+            made.batch(step)
+            took.append(time.perf_counter() - started)
+        print(f"| {name} | {statistics.median(took[50:]) * 1e6:,.0f} |")
 
 
 def _encoders(tokenizer: Tokenizer, texts: list[str]) -> list[Callable[[], object]]:

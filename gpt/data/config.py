@@ -28,7 +28,7 @@ class TokenizerConfig:
     vocab_size: int = 2048
     """Ids to train (bpe)."""
     path: str | None = None
-    """Folder, tokenizer.json or hub id of a pretrained tokenizer."""
+    """Folder, run, tokenizer.json or hub id of a pretrained tokenizer."""
     split: Literal["gpt4", "gpt2", "digits"] = "gpt4"
     """bpe: where a text is cut before merges are made, as GPT-4 does it, as GPT-2 does it, or as GPT-4 with every digit by itself."""
     special_tokens: list[str] = field(default_factory=list)

@@ -251,7 +251,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path, check: str = "") -> Tokenizer:
-    """Load `tokenizer.json` from a file, a directory or a hub id.
+    """Load `tokenizer.json` from a file, a directory, a run or a hub id.
 
     Raises:
         UserError: there is none.
@@ -260,7 +260,8 @@ def load_tokenizer(path: str | Path, check: str = "") -> Tokenizer:
 
     file = Path(os.path.expanduser(path))
     if file.is_dir():
-        file = file / "tokenizer.json"
+        of_run = file / "model" / "tokenizer.json"  # with the names of its special tokens
+        file = of_run if (file / "config.yaml").is_file() and of_run.is_file() else file / "tokenizer.json"
     if not file.is_file():
         if file.suffix == ".json" or str(path).startswith(("/", ".", "~")):
             raise UserError(f"no tokenizer at {file}; give a folder that holds a tokenizer.json, such as runs/<id>/model, or that file")
@@ -309,9 +310,7 @@ def _download(hub_id: str) -> Path:
         return Path(hf_hub_download(hub_id, "tokenizer.json", local_files_only=not hub_answers()))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         why = " ".join(str(error).split())
-        raise UserError(
-            f"tokenizer.path={hub_id}: no tokenizer.json in such a folder, nor at the Hugging Face hub: {why}"
-        ) from error
+        raise UserError(f"tokenizer.path={hub_id}: no tokenizer.json in such a folder, nor at the Hugging Face hub: {why}") from error
 
 
 def without_surrogates(text: str) -> str:

@@ -428,3 +428,13 @@ class TestChat:
     def test_without_one_there_is_none(self, trained, tmp_path):
         trained.save(tmp_path / "tokenizer.json")
         assert load_tokenizer(tmp_path).chat_template is None
+
+
+def test_of_a_run_the_exported_one_is_taken(trained, tmp_path):
+    """It has the names of the special tokens, and so the same ids before and after a text as the model that goes with it."""
+    (tmp_path / "model").mkdir()
+    trained.save(tmp_path / "tokenizer.json")
+    trained.to_transformers(64).save_pretrained(tmp_path / "model")
+    assert load_tokenizer(tmp_path).special_tokens == {}
+    (tmp_path / "config.yaml").write_text("")
+    assert load_tokenizer(tmp_path).special_tokens == load_tokenizer(tmp_path / "model").special_tokens != {}
