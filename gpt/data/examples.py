@@ -55,7 +55,7 @@ class ExampleEncoder:
     writes it. A completion and a text end with the end-of-text token, which is learned with them.
 
     Counted in `Encoded.counts`: truncated, split, dropped_too_long, dropped_no_target (an empty completion or text, no assistant that says
-    anything, or nothing to learn left), skipped_rows. A dropped row has no ids. Pieces of a split text have one `held_out_key`.
+    anything, or nothing to learn left). A dropped row has no ids. Pieces of a split text have one `held_out_key`.
 
     Args:
         tokenizer_directory: with tokenizer.json, as `load_tokenizer` takes it.

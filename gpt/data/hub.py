@@ -19,7 +19,7 @@ from typing import Any
 
 from gpt.data.config import SourceConfig
 from gpt.data.files import fingerprint_files, list_files, one_line
-from gpt.data.rows import NestedTooDeepError, RowReader, python_rows
+from gpt.data.rows import RowReader, python_rows
 from gpt.data.sources import OnError, ReadReport, Row, RowStream, Source
 from gpt.errors import UserError
 from gpt.typed import nearest_and_all
@@ -116,11 +116,7 @@ class HubSource(Source):
             number += 1
             position["row"] = number
             there = {name: self._named(name, value) for name, value in found.items() if value is not None}
-            try:
-                row = self._reader.row(f"{self._id}/{self.config.split}:{number}", place, there, report)
-            except NestedTooDeepError as error:
-                self._reader.refuse(f"{place}: {error}", report)
-                continue
+            row = self._reader.row(f"{self._id}/{self.config.split}:{number}", place, there, report)
             if row is not None:
                 yield row
 

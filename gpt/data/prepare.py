@@ -131,7 +131,9 @@ def prepare_corpus(
         manifest = read_manifest(directory)
         _check_size(parts[-1], context_length, manifest["counts"])
         # Licence and paths are as this config has them, not as the one that built the cache.
-        manifests.append(manifest | {"name": part.source.name, "weight": part.weight} | part.source.describe())
+        manifests.append(
+            manifest | {"name": part.source.name, "weight": part.weight, "format": part.format or "text"} | part.source.describe()
+        )
     manifest = combine(manifests, describe_tokenizer(tokenizer, plan.tokenizer), plan.kind, plan.classes)
     return Corpus(plan.tokenizer, parts, manifest, cast(Kind, plan.kind), plan.classes)
 

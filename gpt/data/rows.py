@@ -59,7 +59,11 @@ class RowReader:
             UserError: it has none of the fields, or is nested too deep, and is not to be left out.
         """
         replaced: list[str] = []
-        found = {ours: _clean(values[theirs], replaced) for ours, theirs in self.names.items() if theirs in values}
+        try:
+            found = {ours: _clean(values[theirs], replaced) for ours, theirs in self.names.items() if theirs in values}
+        except _NestedTooDeepError as error:
+            self.refuse(f"{place}: {error}", report)
+            return None
         if not found:
             self.refuse(f"{place} {self._lacks('field', list(values))}", report)
             return None
@@ -81,7 +85,7 @@ class RowReader:
         return f"has none of the {what}s {wanted}; it has {found}; name yours, e.g. data.fields.text=<{what}>"
 
 
-class NestedTooDeepError(ValueError):
+class _NestedTooDeepError(ValueError):
     """Lists and objects within each other, deeper than any example is."""
 
 
@@ -97,7 +101,7 @@ def _clean(value: Any, replaced: list[str], depth: int = 0) -> Any:
         replaced += ["\ufffd"] * (text.count("\ufffd") - value.count("\ufffd".encode()))
         return text
     if depth > _DEEPEST:
-        raise NestedTooDeepError(f"lists and objects are nested more than {_DEEPEST} deep")
+        raise _NestedTooDeepError(f"lists and objects are nested more than {_DEEPEST} deep")
     if isinstance(value, list):
         return [_clean(item, replaced, depth + 1) for item in value]
     if isinstance(value, dict):
@@ -164,8 +168,6 @@ class JsonlSource(FileSource):
             problem = f"is not JSON at column {error.colno} ({error.msg}); write one object a line"
         except UserError:
             raise
-        except NestedTooDeepError as error:
-            problem = str(error)
         except ValueError:
             problem = "holds a number of thousands of digits"
         self._reader.refuse(f"{place}: {problem}", report)
@@ -219,12 +221,7 @@ class ParquetSource(FileSource):
             if not number:
                 report.files += 1
             number += 1
-            place = f"{file.path}, row {number}"
-            try:
-                row = self._reader.row(f"{file.name}:{number}", place, values, report)
-            except NestedTooDeepError as error:
-                self._reader.refuse(f"{place}: {error}", report)
-                continue
+            row = self._reader.row(f"{file.name}:{number}", f"{file.path}, row {number}", values, report)
             if row is not None:
                 position["row"] = number
                 yield row

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from gpt.commands import ExportConfig
 from gpt.compose import load_run
 from gpt.config import RunConfig
-from gpt.data.config import DataConfig, SourceConfig
+from gpt.data.config import SourceConfig
 from gpt.errors import UserError
 from gpt.inference.loading import Loaded, load_model
 from gpt.training.checkpoint import TrainingState
@@ -112,24 +111,22 @@ def model_card(config: RunConfig, summary: Summary, corpus: str = "") -> str:
     )
     return environment.get_template("model_card.md.jinja").render(
         config=config, summary=summary, corpus=corpus, shape=shape, gpt_version=__version__, torch_version=torch.__version__,
-        data=_named(config.data),
+        data=" and ".join(map(_named, config.data.parts or [config.data])),
         init=Path(config.init).name if config.init and Path(config.init).expanduser().exists() else config.init,
     )  # fmt: skip
 
 
-def _named(data: DataConfig) -> str:
+def _named(source: SourceConfig) -> str:
     """What was trained on, in words."""
-    if data.parts:
-        return " and ".join(_named(DataConfig(**{f.name: getattr(part, f.name) for f in fields(SourceConfig)})) for part in data.parts)
-    if data.name:
-        return f"the dataset {data.name}"
-    if data.paths:
-        kind = {"text": "text files", "jsonl": "JSON rows", "parquet": "Parquet rows"}[data.source]
-        return f"{kind} ({', '.join(Path(path).name for path in data.paths)})"
+    if source.name:
+        return f"the dataset {source.name}"
+    if source.paths:
+        kind = {"text": "text files", "jsonl": "JSON rows", "parquet": "Parquet rows"}[source.source]
+        return f"{kind} ({', '.join(Path(path).name for path in source.paths)})"
     return {
         "stdlib": "Python's standard library", "stdlib_topics": "the chapters of Python's language reference",
         "stdlib_docstrings": "functions of Python's standard library and their docstrings",
-    }[data.source]  # fmt: skip
+    }[source.source]  # fmt: skip
 
 
 def describe_corpus(manifest: dict[str, Any]) -> str:
