@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gpt import __version__
 from gpt.commands import EvaluateConfig
@@ -21,11 +20,10 @@ from gpt.data.sources import ReadReport
 from gpt.errors import UserError
 from gpt.evaluation.examples import read_examples
 from gpt.evaluation.harness import find_tasks, run_tasks
-from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, score_batches, strided_loss, token_nll
+from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, score_examples, strided_loss
 from gpt.evaluation.progress import note, progress_bar
 from gpt.evaluation.text import COMPRESSED_BYTES, encode_texts, read_texts
 from gpt.inference.loading import Loaded, load_model
-from gpt.model.loss import IGNORE
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device, find_device
 
@@ -145,14 +143,8 @@ def _on_examples(config: EvaluateConfig, loaded: Loaded, device: Device, length:
         _row("", ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in sorted(examples.counts.items())))
     as_it_is, lengths = replace(device, dtype=torch.float32), loaded.tokenizer.byte_lengths()
 
-    def nll(hidden: Tensor, targets: Tensor) -> Tensor:
-        counts = targets != IGNORE
-        return token_nll(loaded.model, hidden[counts], targets[counts])[0].sum()
-
     def score(scored: Callable[[int], None]) -> HeldOutLoss:
-        result = score_batches(loaded.model, nll, examples.batches(config.batch), lengths, as_it_is, scored=scored)
-        assert result is not None
-        return result
+        return score_examples(loaded.model, examples.batches(config.batch), lengths, as_it_is, scored)
 
     measured = _measure(config, score, examples.tokens, examples.bytes)
     return report | measured | _quantized(config, loaded, measured, score, examples.tokens, examples.bytes)

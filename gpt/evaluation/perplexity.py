@@ -10,6 +10,7 @@ import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -167,15 +168,26 @@ def strided_loss(
     windows = strided_windows(len(tokens), context_length, stride)
     padded = TokenArray([*tokens.shards, np.full(windows.length, IGNORE)])  # for a last window that reaches beyond the text
 
-    def nll(hidden: Tensor, targets: Tensor) -> Tensor:
-        counts = targets != IGNORE
-        return token_nll(model, hidden[counts], targets[counts])[0].sum()
-
     batches = window_batches(padded, windows, min(batch, len(windows.starts)))
-    result = score_batches(model, nll, batches, byte_lengths, device, scored=scored)
+    result = score_batches(model, partial(_valid_nll, model), batches, byte_lengths, device, scored=scored)
     assert result is not None
     assert result.tokens == len(tokens) - 1
     return result
+
+
+def score_examples(
+    model: GPT, batches: Iterable[Batch], byte_lengths: np.ndarray, device: Device, scored: Callable[[int], None] = lambda tokens: None
+) -> HeldOutLoss:
+    """Score what is learned of examples. The rest as for `score_batches`."""
+    result = score_batches(model, partial(_valid_nll, model), batches, byte_lengths, device, scored=scored)
+    assert result is not None
+    return result
+
+
+def _valid_nll(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The nats of all targets but IGNORE."""
+    counts = targets != IGNORE
+    return token_nll(model, hidden[counts], targets[counts])[0].sum()
 
 
 def token_nll(model: GPT, hidden: Tensor, targets: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,7 @@ class Summary:
     xz_bpb: float | None  # of the same text under xz -9e
     skipped_steps: int  # without an update
     finished: bool  # False: interrupted
+    held_out: str = "held-out text"  # what the bits per byte are of
 
 
 def write_report(run_directory: Path, samples: list[Sample], summary: Summary) -> Path:
@@ -152,7 +153,7 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     def figure(value: float | None, form: str) -> str:
         return format(value, form) if _is_finite(value) else "–"
 
-    bits_note, best_note = "of held-out text" if _is_finite(summary.val_bpb) else "not measured", "not measured"
+    bits_note, best_note = f"of {summary.held_out}" if _is_finite(summary.val_bpb) else "not measured", "not measured"
     if _is_finite(summary.val_bpb) and summary.xz_bpb:
         bits_note = f"{abs(1 - summary.val_bpb / summary.xz_bpb):.0%} {'below' if summary.val_bpb < summary.xz_bpb else 'above'} xz -9e"
     if summary.best_step is not None:

@@ -11,6 +11,7 @@ import torch
 
 from gpt.config import RunConfig
 from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte
+from gpt.evaluation.text import COMPRESSED_BYTES
 from gpt.inference.generate import generate_text, whole_texts
 from gpt.inference.sampling import Sampling
 from gpt.model.transformer import GPT
@@ -22,7 +23,6 @@ from gpt.training.report import Sample, Summary, write_report
 from gpt.training.run_directory import RunDirectory
 
 _SAMPLES = 3  # held-out prompts to continue where the config names none
-_COMPRESSED_BYTES = 1 << 24  # xz takes a second or more for each MiB
 
 
 def write_results(
@@ -39,6 +39,7 @@ def write_results(
     compressed = {} if data.on_examples else _compressed(config, data)
     rates = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
     waits = [line["data_wait"] for line in metrics if "data_wait" in line]
+    what = "held-out examples" if data.on_examples else "held-out text"
     summary = Summary(
         title=config.run.id,
         model=f"{model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
@@ -46,7 +47,7 @@ def write_results(
         tokens_per_second=statistics.median(rates) if rates else 0.0,
         best_val_loss=state.best_val_loss, best_step=state.best_step, val_bpb=held_out.bits_per_byte,
         gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
-        skipped_steps=state.skipped_steps, finished=True,
+        skipped_steps=state.skipped_steps, finished=True, held_out=what,
     )  # fmt: skip
     _export(config, directory, model, data, model_card(config, summary, describe_corpus(data.manifest)))
     samples = _samples(config, model, data)
@@ -55,7 +56,6 @@ def write_results(
         say(f"\n--- {sample.prompt[-500:]!r} continues:\n{sample.prompt[-500:]}{sample.text}")
         if sample.expected:
             say(f"--- expected: {sample.expected}")
-    what = "held-out examples" if data.on_examples else "held-out text"
     beside = "".join(f"{name}: {figure:.2f}, " for name, figure in compressed.items())
     say(
         f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s; "
@@ -74,8 +74,8 @@ def _use(data: TrainingData) -> str:
 
 def _compressed(config: RunConfig, data: TrainingData) -> dict[str, float]:
     """What general compressors reach on the held-out text."""
-    text = data.held_out_text(config.train.final_eval_tokens, _COMPRESSED_BYTES)
-    return compressed_bits_per_byte(text.encode()[:_COMPRESSED_BYTES])
+    text = data.held_out_text(config.train.final_eval_tokens, COMPRESSED_BYTES)
+    return compressed_bits_per_byte(text.encode()[:COMPRESSED_BYTES])
 
 
 def _export(config: RunConfig, directory: RunDirectory, model: GPT, data: TrainingData, card: str) -> None:
