@@ -54,7 +54,9 @@ class OptimizerConfig:
     adam_lr: float = 0.005
     """Under muon: peak learning rate of everything else."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on matrices only; under muon, on those of the blocks."""
+    adam_weight_decay: float = 0.1
+    """Under muon: weight decay of the matrices that AdamW updates, the embeddings and the head."""
     momentum: float = 0.95
     """Of muon."""
     beta1: float = 0.9
@@ -93,6 +95,12 @@ class TrainConfig:
     """Sequences per forward pass; gradients are accumulated up to batch_tokens."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.999, which is then what is validated and exported; 0: none."""
+    activation_checkpointing: Literal["none", "full", "every_n", "selective"] = "none"
+    """Compute activations again in the backward pass instead of keeping them: all, of each n-th block, or all but matrix products."""
+    activation_checkpointing_n: int = 2
+    """every_n: which blocks."""
     log_every: int = 10
     """Steps between lines of metrics."""
     eval_every: int = 200
@@ -103,6 +111,8 @@ class TrainConfig:
     """Held-out tokens that the best weights are measured on at the end."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    spike: Literal["none", "skip", "rewind"] = "none"
+    """What to do about a loss far above the latest ones: nothing, leave the step out, or go back to a checkpoint and past the data."""
     overfit: bool = False
     """Train on the first batch only, again and again: the loss must go to 0, or something is broken."""
     sample_prompts: list[str] = field(default_factory=lambda: ["import ", "def read(", "class Error("])
@@ -118,7 +128,11 @@ class CheckpointConfig:
     every: str = "1min"
     """Steps (`500`, `500steps`) or wall time (`90s`, `10min`) between checkpoints; one is always made at the end."""
     keep_last: int = 2
-    """Newest checkpoints kept; the best one by validation loss is kept besides."""
+    """Newest checkpoints kept."""
+    keep_best: int = 1
+    """Best checkpoints by validation loss kept besides."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept for good; 0: none."""
 
 
 @dataclass
@@ -135,8 +149,12 @@ class DeviceConfig:
 class ParallelConfig:
     """How a model is spread over devices."""
 
-    name: Literal["none"] = "none"
-    """One process, one device."""
+    name: Literal["none", "ddp", "fsdp"] = "none"
+    """One device; a copy of the model on each, gradients summed (ddp); or its parameters shared out among them (fsdp)."""
+    tensor: int = 1
+    """Devices that each matrix is split over (tensor parallelism); the others divide the batch."""
+    replicate: int = 1
+    """fsdp: groups of devices that each hold the whole model between them (hybrid sharding), such as one per node."""
 
 
 @dataclass
@@ -151,8 +169,10 @@ class FreezeConfig:
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    name: Literal["none"] = "none"
-    """Nowhere."""
+    name: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
+    """A tracker; one that fails is named and left out, and training goes on."""
+    project: str = "gpt"
+    """What the tracker files runs under."""
 
 
 @dataclass
@@ -160,7 +180,19 @@ class LaunchConfig:
     """Where the run runs."""
 
     name: Literal["local"] = "local"
-    """Here, in this process."""
+    """Here."""
+    nproc: Literal["auto"] | int = "auto"
+    """Processes on this machine, one per device; auto: as many as there are accelerators, or 1; with parallel=none always 1."""
+    nnodes: int = 1
+    """Machines; the same command is started on each."""
+    node_rank: int = 0
+    """Which of them this is."""
+    endpoint: str = ""
+    """host:port of the machine with node_rank=0, where they meet."""
+    max_restarts: int = 0
+    """How often processes are started again, from the last checkpoint, when one has died."""
+    timeout: str = "10min"
+    """How long a process waits for the others before the run ends with an error."""
 
 
 @dataclass
@@ -175,6 +207,8 @@ class RunConfig:
     """Of the matrix products; weights and sums are fp32. auto: bf16 where the chip multiplies it."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile block by block; auto: where it pays within the run."""
+    profile: bool = False
+    """Record some steps with torch.profiler: a trace in the run directory, and the ten dearest operations printed."""
     init: str | None = None
     """Start from these weights, in their shape and with their tokenizer: a run directory, a Hugging Face directory or hub id."""
     allow_pickle: bool = False
@@ -289,7 +323,10 @@ def _validate(c: RunConfig) -> None:
         ("train.eval_every", c.train.eval_every, 0),
         ("train.max_skipped_steps", c.train.max_skipped_steps, 1), ("train.sample_tokens", c.train.sample_tokens, 1),
         ("checkpoint.keep_last", c.checkpoint.keep_last, 1), ("device.threads", c.device.threads, 0),
-        ("optimizer.weight_decay", c.optimizer.weight_decay, 0), ("schedule.warmup", c.schedule.warmup, 0),
+        ("checkpoint.keep_best", c.checkpoint.keep_best, 1), ("checkpoint.keep_every", c.checkpoint.keep_every, 0),
+        ("train.activation_checkpointing_n", c.train.activation_checkpointing_n, 1),
+        ("optimizer.weight_decay", c.optimizer.weight_decay, 0), ("optimizer.adam_weight_decay", c.optimizer.adam_weight_decay, 0),
+        ("schedule.warmup", c.schedule.warmup, 0),
     ):  # fmt: skip
         at_least(key, value, low)
     at_least("train.sequence_length", c.train.sequence_length, 0)
@@ -305,12 +342,15 @@ def _validate(c: RunConfig) -> None:
     for name in ("momentum", "beta1", "beta2"):
         if not 0 <= getattr(c.optimizer, name) < 1:
             raise UserError(f"optimizer.{name}={shown(getattr(c.optimizer, name))} must be at least 0 and less than 1")
+    if not 0 <= c.train.ema < 1:
+        raise UserError(f"train.ema={shown(c.train.ema)} must be at least 0 and less than 1, such as 0.999")
     for name in ("decay", "final"):
         if not 0 <= getattr(c.schedule, name) <= 1:
             raise UserError(f"schedule.{name}={shown(getattr(c.schedule, name))} must be from 0 to 1")
     _validate_text(c)
     _validate_batch(c)
     _validate_length(c)
+    _validate_devices(c)
     if c.run.id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run.id):
         raise UserError(f"run.id={shown(c.run.id)}: must be letters, digits, '.', '_' and '-', and start with a letter or digit")
     if c.resume not in ("auto", "never"):
@@ -366,6 +406,38 @@ def _validate_batch(c: RunConfig) -> None:
 def _length_key(c: RunConfig) -> str:
     """The key that sets the length of a row."""
     return "model.context_length" if c.sequence_length == c.model.context_length else "train.sequence_length"
+
+
+def _validate_devices(c: RunConfig) -> None:
+    """How many devices, and what each has of the batch and the model."""
+    for key, value, low in (
+        ("parallel.tensor", c.parallel.tensor, 1), ("parallel.replicate", c.parallel.replicate, 1),
+        ("launch.nnodes", c.launch.nnodes, 1), ("launch.node_rank", c.launch.node_rank, 0),
+        ("launch.max_restarts", c.launch.max_restarts, 0),
+    ):  # fmt: skip
+        at_least(key, value, low)
+    parse_span("launch.timeout", c.launch.timeout, ("seconds",))
+    if c.launch.nproc != "auto":
+        at_least("launch.nproc", c.launch.nproc, 1)
+    if c.parallel.name == "none":
+        for key, value in (("launch.nproc", c.launch.nproc), ("launch.nnodes", c.launch.nnodes)):
+            if value not in ("auto", 1):
+                raise UserError(f"{key}={value}: parallel=none is one process; add parallel=ddp or parallel=fsdp")
+        if c.parallel.tensor > 1:
+            raise UserError(f"parallel.tensor={c.parallel.tensor}: parallel=none is one device; add parallel=ddp or parallel=fsdp")
+    if c.parallel.replicate > 1 and c.parallel.name != "fsdp":
+        raise UserError(
+            f"parallel.replicate={c.parallel.replicate} is of parallel=fsdp, and this is parallel={c.parallel.name}; leave it out"
+        )
+    for name in ("n_head", "n_kv_head", "d_ff"):
+        if getattr(c.model, name) % c.parallel.tensor:
+            raise UserError(f"parallel.tensor={c.parallel.tensor} does not divide model.{name}={getattr(c.model, name)}")
+    if c.launch.node_rank >= c.launch.nnodes:
+        raise UserError(f"launch.node_rank={c.launch.node_rank} must be less than launch.nnodes={c.launch.nnodes}")
+    if c.launch.nnodes > 1 and not re.fullmatch(r"[^:\s]+:\d{1,5}", c.launch.endpoint):
+        raise UserError(
+            f"launch.endpoint={shown(c.launch.endpoint)}: several machines meet at one of them; give host:port of that with node_rank=0"
+        )
 
 
 def _validate_length(c: RunConfig) -> None:
