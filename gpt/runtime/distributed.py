@@ -1,0 +1,184 @@
+"""The processes of a run: how they meet, which part of the work each has, and what they tell each other.
+
+One process per device. They are started by `gpt.launch`, `torchrun` or `accelerate launch`, which all say in the environment who is
+who. A run in one process has a `World` of size 1, in which nothing is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from gpt.config import ParallelConfig
+from gpt.errors import UserError
+
+T = TypeVar("T")
+
+_FIRST_FAILURE = "gpt/failed"  # key of the store in which processes count their failures
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this one is.
+
+    Attributes:
+        rank, size: this process among all.
+        local_rank: among those of this machine; its device.
+        local_size: processes of this machine.
+        data_rank, data_size: which part of every batch it works on, of how many. Processes that split matrices between them (tensor
+            parallelism) work on the same part.
+        mesh: (replicate, shard, tensor) layout of the processes; None for one process and for plain ddp.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    data_rank: int = 0
+    data_size: int = 1
+    mesh: DeviceMesh | None = None
+    _control: Any = None  # process group of CPU tensors, for what the host must know
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The processes that divide a batch; None: all."""
+        return None if self.mesh is None or self.mesh["tensor"].size() == 1 else self.mesh["replicate", "shard"]._flatten("data").get_group()
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the main process, in all of them; it must be picklable."""
+        if self.size == 1:
+            return make()
+        found = [make() if self.is_main else None]
+        dist.broadcast_object_list(found, src=0, group=self._control)
+        return found[0]  # type: ignore[return-value]
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """The sum of the processes' values, in place; those of tensor parallelism, which have the same, count once."""
+        if self.data_size > 1:
+            dist.all_reduce(values, group=self.data_group)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier(group=self._control)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do some work that the others on this machine can profit from in one process first, however long it takes."""
+        if self.local_size == 1 or self.size == 1:
+            return work()
+        key = f"gpt/first/{self.rank // self.local_size}"
+        store = dist.distributed_c10d._get_default_store()
+        if self.local_rank:
+            store.wait([key], datetime.timedelta(days=7))
+            return work()
+        result = work()
+        store.set(key, "done")
+        return result
+
+    def leave(self) -> None:
+        """End the connections."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Agreement:
+    """What the processes decide together at every step: small numbers, of which each gets the largest, one step late.
+
+    One step late, because then no process waits for another: the exchange goes on during the step. In one process there is nothing to
+    wait for, and the numbers come back at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._values: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def exchange(self, *values: float) -> list[float]:
+        """Give this process's numbers, get the largest of those that the processes gave at the call before (at first: their own)."""
+        if self._world.size == 1:
+            return list(values)
+        if self._work is not None and self._values is not None:
+            self._work.wait()
+            agreed = self._values.tolist()
+        else:
+            agreed = [0.0] * len(values)
+        self._values = torch.tensor(values, dtype=torch.float64)
+        self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=self._world._control, async_op=True)
+        return agreed
+
+
+def is_worker() -> bool:
+    """Whether a launcher has started this process as one of several, or as one that may be restarted."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float) -> World:
+    """Meet the other processes, if a launcher has started several.
+
+    Args:
+        config: what they do together.
+        device_type: torch's device type.
+        timeout_seconds: how long to wait for the others, now and later.
+
+    Raises:
+        UserError: the number of processes does not fit the config.
+    """
+    size = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
+    if size == 1:
+        return World()
+    if config.name == "none":
+        raise UserError(f"parallel=none is one process, and {size} were started; add parallel=ddp or parallel=fsdp")
+    for key, divisor in (("parallel.tensor", config.tensor), ("parallel.replicate", config.tensor * config.replicate)):
+        if size % divisor:
+            raise UserError(f"{key}={getattr(config, key.partition('.')[2])} does not divide the {size // config.tensor} processes that are left")
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if not dist.is_initialized():
+        if device_type != "cpu":
+            torch.accelerator.set_device_index(local_rank)
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        dist.init_process_group(dist.get_default_backend_for_device(device_type), timeout=timeout)
+    control = dist.new_group(backend="gloo")
+    mesh = None
+    if config.name == "fsdp" or config.tensor > 1:
+        replicate = config.replicate if config.name == "fsdp" else size // config.tensor
+        shape = (replicate, size // (replicate * config.tensor), config.tensor)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(rank, size, local_rank, local_size, rank // config.tensor, size // config.tensor, mesh, control)
+
+
+def is_first_failure() -> bool:
+    """Whether no other process of this run has failed before: only the first one's error is worth reading."""
+    if not dist.is_initialized():
+        return True
+    with contextlib.suppress(RuntimeError):  # the store's own process is gone: then it has failed before
+        return dist.distributed_c10d._get_default_store().add(_FIRST_FAILURE, 1) == 1
+    return False
+
+
+def lost_the_others(error: BaseException) -> bool:
+    """Whether an error says that another process has closed its connections, and nothing about this one."""
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"Connection (closed|reset) by|Broken pipe|remote process has terminated|application that peer disconnected", str(error))
+    )
+
+
+def waited_too_long(error: BaseException) -> bool:
+    """Whether an error says that another process did not come in time."""
+    return isinstance(error, RuntimeError) and bool(re.search(r"[Tt]imed out|[Tt]imeout|wait timeout", str(error)))

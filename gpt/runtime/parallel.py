@@ -1,0 +1,188 @@
+"""How a model is laid out over devices: activation checkpointing, compilation, tensor parallelism, FSDP2 and DDP, in that order.
+
+Everything is done in place and block by block, so that parameters keep their names. Gradients come out as sums over all processes, never as
+means: what they are divided by is the trainer's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from gpt.model.loss import LinearCrossEntropy
+from gpt.model.transformer import GPT
+from gpt.runtime.distributed import World
+
+# Kept by selective activation checkpointing: what takes long to compute for the memory it needs.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+_COLUMNS = ("attention.q", "attention.k", "attention.v", "feedforward.up", "feedforward.gate")
+_ROWS = ("attention.out", "feedforward.down")
+
+
+class NextTokenLoss(nn.Module):
+    """A model and its loss as one module, whose call DDP and FSDP can surround.
+
+    Args:
+        model: predicts.
+        loss: measures.
+    """
+
+    def __init__(self, model: GPT, loss: LinearCrossEntropy) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """tokens, targets and documents (B, T) as in a `Batch` -> fp32 sum of the losses of the targets."""
+        hidden = self.model.hidden_states(tokens, documents=documents)
+        return self.loss(hidden, self.model.head.weight, targets)
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module], how: Literal["none", "full", "every_n", "selective"], n: int = 1) -> None:
+    """Have blocks compute activations again in the backward pass (Chen et al., "Training deep nets with sublinear memory cost", 2016).
+
+    Args:
+        blocks: the model's.
+        how: full: all; every_n: each n-th; selective: all, but the results of matrix products and attention are kept.
+        n: of every_n.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    for number, block in enumerate(blocks):
+        if how in ("full", "selective") or (how == "every_n" and number % n == 0):
+            block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def split_matrices(model: GPT, world: World) -> None:
+    """Tensor parallelism (Shoeybi et al., "Megatron-LM", 2019): heads and feed-forward units divided, activations whole between them."""
+    assert world.mesh is not None
+    plan: dict[str, Any] = {**{name: ColwiseParallel() for name in _COLUMNS}, **{name: RowwiseParallel() for name in _ROWS}}
+    for block in model.blocks:
+        present = {name: style for name, style in plan.items() if _submodule(block, name) is not None}
+        parallelize_module(block, world.mesh["tensor"], present)
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        module = getattr(module, part)
+        if module is None:
+            return None
+    return module
+
+
+def spread(objective: NextTokenLoss, name: str, world: World, device: torch.device | str) -> nn.Module:
+    """The module to call for a loss, whose gradients are sums over all processes.
+
+    Args:
+        objective: on its device for ddp; its model for fsdp still on meta (`place`), already split, checkpointed and compiled.
+        name: the config's `parallel`.
+        world: the processes.
+        device: of this process.
+    """
+    if world.size == 1:
+        return objective
+    if world.mesh is None:
+        assert name == "ddp"
+        ids = None if torch.device(device).type == "cpu" else [torch.accelerator.current_device_index()]
+        wrapped = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped.register_comm_hook(None, lambda state, bucket: _summed(bucket.buffer()))
+        return wrapped
+    # ddp with tensor parallelism is a sharding over one process, repeated
+    mesh = world.mesh["replicate", "shard"] if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
+    modules: list[nn.Module] = [*objective.model.blocks, objective]
+    for module in modules:
+        fully_shard(module, mesh=mesh)
+    for module in modules:
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        if torch.device(device).type == "cpu":
+            module.set_force_sum_reduction_for_comms(True)
+    return objective
+
+
+def _summed(buffer: Tensor) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(buffer, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around forward and backward of a micro-batch: only the last one's backward sends gradients."""
+    if isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext() if last else module.no_sync()
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        module.set_is_last_backward(last)
+    return contextlib.nullcontext()
+
+
+def place_weights(model: nn.Module, source: nn.Module | None) -> None:
+    """Give a model that is spread over processes the weights of a whole one.
+
+    Args:
+        model: allocated, in every process.
+        source: whole, in the main process; None in the others.
+    """
+    whole = dict(source.named_parameters()) if source is not None else {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            given = whole[name].detach().to(p.device) if source is not None else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            dist.broadcast(given, src=0)
+            if isinstance(p, DTensor):
+                p.to_local().copy_(local_part(given, p))
+            else:
+                p.copy_(given)
+
+
+def local_part(whole: Tensor, like: DTensor) -> Tensor:
+    """What this process holds of a tensor that is laid out as `like`, with nothing sent.
+
+    A matrix may be split twice along the same dimension, first over the processes of tensor parallelism, the last dimension of the mesh, and
+    what is left over those of FSDP: hence from the last to the first.
+    """
+    for dim, placement in reversed(list(enumerate(like.placements))):
+        split: int | None = getattr(placement, "dim", None)  # a Shard's, strided or not
+        if split is not None:
+            parts = whole.chunk(like.device_mesh.size(dim), split)
+            rank = like.device_mesh.get_local_rank(dim)
+            whole = parts[rank] if rank < len(parts) else whole.narrow(split, 0, 0)
+    return whole
+
+
+def sum_partial_gradients(model: GPT, world: World) -> None:
+    """Under tensor parallelism: the norms of queries and keys see only this process's heads, so their gradients are added up."""
+    if world.mesh is None or world.mesh["tensor"].size() == 1:
+        return
+    for block in model.blocks:
+        for norm in (block.attention.q_norm, block.attention.k_norm):
+            if norm is not None and norm.weight.grad is not None:
+                gradient = norm.weight.grad
+                dist.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, group=world.mesh["tensor"].get_group())
+
+
+Compile = Callable[[nn.Module], None]
