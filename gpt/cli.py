@@ -18,7 +18,7 @@ from typing import Any
 
 from gpt import __version__
 from gpt.commands import COMMANDS
-from gpt.errors import UserError
+from gpt.errors import UserError, exit_code_of
 
 # Where each command is carried out: imported when it is, since most need torch.
 _RUNS = {
@@ -39,21 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a character that the terminal does not have is no reason to stop
-    try:
-        code = _dispatch(arguments)
-        print(end="", flush=True)
-        return code
-    except UserError as error:
-        if os.environ.get("GPT_DEBUG") == "1":
-            raise
-        print(f"gpt: {_one_line(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("gpt: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone (`gpt generate | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return exit_code_of(lambda: _dispatch(arguments))
 
 
 def run() -> None:
@@ -64,11 +50,6 @@ def run() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _one_line(text: str) -> str:
-    """A value in a message may hold line breaks and control characters: show them as \\n and the like."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _dispatch(arguments: list[str]) -> int:

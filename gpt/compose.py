@@ -192,9 +192,17 @@ def load_run(directory: Path) -> RunConfig:
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    return load_config(directory / "config.yaml")
+
+
+def load_config(file: Path) -> RunConfig:
+    """The config of a run that stands in a file, resolved.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
     import yaml
 
-    file = directory / "config.yaml"
     try:
         return from_dict(RunConfig, yaml.safe_load(file.read_text(encoding="utf-8")))
     except UserError as error:

@@ -1,12 +1,134 @@
-"""Where a run runs. So far: here, in this process."""
+"""Where a run runs: in this process, or in one process per device, which this one starts and watches.
+
+A process that `torchrun`, `accelerate launch` or this file has started is a worker: it trains at once. Workers get the config
+resolved, in a file (`python -m gpt.launch <config.yaml>`); none composes it again.
+"""
 
 from __future__ import annotations
 
-from gpt.config import RunConfig
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+from gpt.compose import load_config
+from gpt.config import RunConfig, parse_span
+from gpt.errors import UserError, exit_code_of
 
 
 def launch(config: RunConfig) -> int:
     """Run a training run where its config says, and return the exit code."""
+    from gpt.runtime.distributed import is_worker
+
+    if is_worker():
+        return _work(config)
+    processes = _processes(config)
+    if processes * config.launch.nnodes == 1 and not config.launch.max_restarts:
+        return _train(config)
+    return _start(config, processes)
+
+
+def run_file(path: str | Path) -> int:
+    """Run the training run whose resolved config stands in a file."""
+    return launch(load_config(Path(path)))
+
+
+def _train(config: RunConfig) -> int:
     from gpt.training.trainer import Trainer
 
     return Trainer(config).fit().exit_code
+
+
+def _processes(config: RunConfig) -> int:
+    """How many to start on this machine."""
+    if config.parallel.name == "none":
+        return 1
+    if config.launch.nproc != "auto":
+        return config.launch.nproc
+    from gpt.runtime.device import count_devices
+
+    return count_devices(config.device.name)
+
+
+def _work(config: RunConfig) -> int:
+    """Train as one of several processes, of which only the first to fail says why."""
+    from gpt.runtime.distributed import is_first_failure, lost_the_others
+
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.resume == "never":
+        config.resume = "auto"  # what is there now is this run's own
+    try:
+        return _train(config)
+    except (Exception, KeyboardInterrupt) as error:
+        silent = lost_the_others(error) and "TORCHELASTIC_RUN_ID" in os.environ  # whoever watches the processes says which one has gone
+        if silent or not is_first_failure():
+            _end(2 if isinstance(error, UserError) else 1)
+        raise
+
+
+def _end(code: int) -> None:
+    """End this process now: connections to processes that are gone or stuck are not waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _start(config: RunConfig, processes: int) -> int:
+    """Start processes on this machine with torch's elastic agent, which restarts them if it may, and wait for their end."""
+    import yaml
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from gpt.training.run_directory import new_run_id
+
+    if config.launch.nnodes == 1:
+        config.run.id = config.run.id or new_run_id(config.command)  # the same after a restart
+    elif not config.run.id:
+        raise UserError("run.id: on several machines, and for restarts on them, a run must have a name; give run.id=<name>")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    settings = LaunchConfig(
+        min_nodes=config.launch.nnodes, max_nodes=config.launch.nnodes, nproc_per_node=processes, run_id=config.run.id,
+        rdzv_backend="c10d", rdzv_endpoint=config.launch.endpoint or "localhost:0",
+        rdzv_configs={
+            "timeout": int(parse_span("launch.timeout", config.launch.timeout, ("seconds",)).amount),
+            "is_host": config.launch.node_rank == 0,
+        },
+        max_restarts=config.launch.max_restarts,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="gpt-") as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        try:
+            elastic_launch(settings, sys.executable)("-m", "gpt.launch", str(file))
+        except ChildFailedError as error:
+            return _failed(error.failures)
+        except SignalException as stopped:
+            return 128 + stopped.sigval
+    return 0
+
+
+def _failed(failures: dict[int, Any]) -> int:
+    """What the end of failed processes means: the exit code of the first one; if a signal ended it, nobody has said so yet."""
+    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    if killed:
+        rank, failure = min(killed.items(), key=lambda item: item[1].timestamp)
+        number = signal.Signals(-failure.exitcode)
+        hint = "; was it out of memory?" if number == signal.SIGKILL else ""
+        print(f"gpt: process {rank} of the run was ended by {number.name}{hint}, and the others with it", file=sys.stderr)
+        return 1
+    return min(failures.values(), key=lambda failure: failure.timestamp).exitcode
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m gpt.launch <config.yaml>")
+    try:
+        code = exit_code_of(lambda: run_file(sys.argv[1]))
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _end(code)

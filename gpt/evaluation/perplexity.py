@@ -9,19 +9,21 @@ import gzip
 import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt.data.batches import Batch
 from gpt.data.shards import TokenArray
-from gpt.model.loss import IGNORE, LinearCrossEntropy
+from gpt.model.loss import IGNORE
 from gpt.model.transformer import GPT
-from gpt.runtime.device import Device
+from gpt.runtime.device import Device, widest_float
+from gpt.runtime.distributed import World
 
 
 @dataclass(frozen=True)
@@ -99,59 +101,51 @@ def window_batches(tokens: TokenArray, windows: Windows, batch: int) -> Iterator
 
 @torch.no_grad()
 def score_batches(
-    model: GPT,
-    nll: Callable[[Tensor, Tensor], Tensor],
+    model: nn.Module,
+    nll: Callable[[Batch], Tensor],
     batches: Iterable[Batch],
     byte_lengths: np.ndarray,
     device: Device,
     stopped: Callable[[], bool] = lambda: False,
     scored: Callable[[int], None] = lambda tokens: None,
+    world: World | None = None,
 ) -> HeldOutLoss | None:
     """Score the targets of batches.
 
     Args:
-        model: what to measure.
-        nll: hidden states (B, T, E), targets (B, T) with IGNORE where nothing counts -> the sum of the others' nats.
+        model: what to measure; put into eval mode meanwhile.
+        nll: a batch on the device -> the sum of its valid targets' nats.
         batches: tokens and targets.
         byte_lengths: (V,) bytes per id.
         device: where.
         stopped: asked between passes; if it says so, None is returned.
         scored: told how many tokens each pass has scored.
+        world: the processes that share the batches out; each gets the figures of all.
     """
+    world = world or World()
     was_training = model.training
     model.eval()
     sums, counted, n_bytes = torch.zeros((), dtype=torch.float64), 0, 0
+    remaining = iter(batches)
     try:
-        for batch in batches:
+        while group := list(islice(remaining, world.data_size)):
             if stopped():
                 return None
+            # A process that is left without a batch computes one that does not count, for the others wait for it in every pass.
+            is_mine = world.data_rank < len(group)
+            batch = group[world.data_rank] if is_mine else replace(group[0], targets=torch.full_like(group[0].targets, IGNORE))
             documents = None if batch.documents is None else batch.documents.to(device.type)
             with device.autocast():
-                hidden = model.hidden_states(batch.tokens.to(device.type), documents=documents)
-            sums += nll(hidden, batch.targets.to(device.type)).cpu().double()
+                sums += nll(Batch(batch.tokens.to(device.type), batch.targets.to(device.type), documents)).cpu().double()
             ids = batch.targets[batch.targets != IGNORE].numpy()
             counted += len(ids)
             n_bytes += int(byte_lengths[ids].sum())
             scored(len(ids))
     finally:
         model.train(was_training)
-    return HeldOutLoss(sums.item(), counted, n_bytes)
-
-
-def held_out_loss(
-    model: GPT,
-    loss: LinearCrossEntropy,
-    batches: Iterable[Batch],
-    byte_lengths: np.ndarray,
-    device: Device,
-    stopped: Callable[[], bool] = lambda: False,
-) -> HeldOutLoss | None:
-    """Score batches with the loss of training. The rest as for `score_batches`."""
-
-    def nll(hidden: Tensor, targets: Tensor) -> Tensor:
-        return loss(hidden, model.head.weight, targets)
-
-    return score_batches(model, nll, batches, byte_lengths, device, stopped)
+    totals = torch.tensor([sums.item(), counted, n_bytes], dtype=widest_float(torch.device(device.type)), device=device.type)
+    total, tokens, size = world.sum_over_data(totals).tolist()
+    return HeldOutLoss(total, round(tokens), round(size))
 
 
 def strided_loss(
@@ -184,10 +178,11 @@ def score_examples(
     return result
 
 
-def _valid_nll(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+def _valid_nll(model: GPT, batch: Batch) -> Tensor:
     """The nats of all targets but IGNORE."""
-    counts = targets != IGNORE
-    return token_nll(model, hidden[counts], targets[counts])[0].sum()
+    hidden, counts = model.hidden_states(batch.tokens, documents=batch.documents), batch.targets != IGNORE
+    with torch.autocast(hidden.device.type, enabled=False):
+        return token_nll(model, hidden[counts], batch.targets[counts])[0].sum()
 
 
 def token_nll(model: GPT, hidden: Tensor, targets: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ import functools
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
@@ -64,12 +64,21 @@ class CompileAhead:
         micro_batch: sequences per pass.
         length: tokens of each.
         documents: whether rows hold several documents, none of which sees another.
+        prepare: is done to the blocks before they are compiled.
     """
 
-    def __init__(self, device: Device, config: GPTConfig, micro_batch: int, length: int, documents: bool) -> None:
+    def __init__(
+        self,
+        device: Device,
+        config: GPTConfig,
+        micro_batch: int,
+        length: int,
+        documents: bool,
+        prepare: Callable[[Sequence[nn.Module]], None] = lambda blocks: None,
+    ) -> None:
         self._problem: str | None = None
         # Not daemons: Python aborts when it ends under one that is in torch's C++ code. `gpt.cli.run` does not wait for them.
-        self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch, length, documents))
+        self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch, length, documents, prepare))
         self._thread.start()
 
     def done(self) -> bool:
@@ -81,7 +90,15 @@ class CompileAhead:
         self._thread.join()
         return self._problem
 
-    def _compile(self, device: Device, config: GPTConfig, micro_batch: int, length: int, documents: bool) -> None:
+    def _compile(
+        self,
+        device: Device,
+        config: GPTConfig,
+        micro_batch: int,
+        length: int,
+        documents: bool,
+        prepare: Callable[[Sequence[nn.Module]], None],
+    ) -> None:
         try:
             if device.type == "cpu":
                 _skip_vector_probes()
@@ -90,6 +107,7 @@ class CompileAhead:
             for p in model.parameters():
                 torch.nn.init.constant_(p, 0.01)
             loss = LinearCrossEntropy(device.dtype)
+            prepare(list(model.blocks))
             compile_model(model, loss)
             tokens = torch.zeros(micro_batch, length, dtype=torch.int64, device=device.type)
             with device.autocast():

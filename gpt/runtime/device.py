@@ -77,13 +77,20 @@ class Device:
         return None
 
 
-def find_device(name: str, precision: str, threads: int = 0) -> Device:
+def count_devices(name: str) -> int:
+    """How many processes a run on this kind of device has on this machine: one per accelerator, or one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.device_count() if accelerator is not None and name in ("auto", accelerator.type) else 1
+
+
+def find_device(name: str, precision: str, threads: int = 0, processes: int = 1) -> Device:
     """The device that a config asks for.
 
     Args:
         name: auto, cpu, cuda or mps.
         precision: auto, bf16 or fp32.
-        threads: CPU threads, 0 for torch's own choice.
+        threads: CPU threads; 0: one for each physical core that this process may use, unless OMP_NUM_THREADS says otherwise.
+        processes: of the run on this machine, which share its cores.
 
     Raises:
         UserError: it is not there; the message says what is.
@@ -94,8 +101,8 @@ def find_device(name: str, precision: str, threads: int = 0) -> Device:
         hint = " (this torch was built without CUDA)" if name == "cuda" and not torch.backends.cuda.is_built() else ""
         raise UserError(f"device={name}: there is none here{hint}; found: {found}. device=auto takes what there is")
     kind = found if name == "auto" else name
-    if threads:
-        torch.set_num_threads(threads)
+    if threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or max(1, usable_cores() // processes))
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
         title = torch.cuda.get_device_name()
@@ -106,6 +113,21 @@ def find_device(name: str, precision: str, threads: int = 0) -> Device:
         dtype = _dtype(precision, _cpu_multiplies_bf16())
         return Device(kind, f"CPU, {torch.get_num_threads()} threads", dtype, None)
     return Device(kind, kind.upper(), _dtype(precision, chip_has_it=False), None)
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: those of its CPU affinity, within the quota of its container."""
+    try:
+        allowed = os.sched_getaffinity(0)
+        topology = Path("/sys/devices/system/cpu")
+        siblings = {(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text() for cpu in allowed}
+        cores = len(siblings)
+    except (AttributeError, OSError):  # not Linux, or it does not say
+        cores = torch.get_num_threads()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return max(1, cores)
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,6 +53,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All processes; None if this is the only one."""
+        return dist.group.WORLD if self.size > 1 else None
 
     @property
     def data_group(self) -> dist.ProcessGroup | None:
@@ -110,17 +115,21 @@ class Agreement:
         self._work: dist.Work | None = None
 
     def exchange(self, *values: float) -> list[float]:
-        """Give this process's numbers, get the largest of those that the processes gave at the call before (at first: their own)."""
+        """Give this process's numbers, get the largest of those that the processes gave at the call before; the first call waits."""
         if self._world.size == 1:
             return list(values)
-        if self._work is not None and self._values is not None:
-            self._work.wait()
-            agreed = self._values.tolist()
-        else:
-            agreed = [0.0] * len(values)
+        if self._work is None:
+            self._send(values)
+        assert self._work is not None
+        assert self._values is not None
+        self._work.wait()
+        agreed = self._values.tolist()
+        self._send(values)
+        return agreed
+
+    def _send(self, values: Sequence[float]) -> None:
         self._values = torch.tensor(values, dtype=torch.float64)
         self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=self._world._control, async_op=True)
-        return agreed
 
 
 def is_worker() -> bool:

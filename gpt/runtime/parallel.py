@@ -7,23 +7,24 @@ means: what they are divided by is the trainer's business.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.distributed import World
+
+if TYPE_CHECKING:  # takes a second, which a run in one process need not spend
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 # Kept by selective activation checkpointing: what takes long to compute for the memory it needs.
 _KEPT = {
@@ -80,6 +81,8 @@ def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 
 def split_matrices(model: GPT, world: World) -> None:
     """Tensor parallelism (Shoeybi et al., "Megatron-LM", 2019): heads and feed-forward units divided, activations whole between them."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
     assert world.mesh is not None
     plan: dict[str, Any] = {**{name: ColwiseParallel() for name in _COLUMNS}, **{name: RowwiseParallel() for name in _ROWS}}
     for block in model.blocks:
@@ -112,15 +115,16 @@ def spread(objective: NextTokenLoss, name: str, world: World, device: torch.devi
         wrapped = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, lambda state, bucket: _summed(bucket.buffer()))
         return wrapped
+    from torch.distributed.fsdp import fully_shard
+
     # ddp with tensor parallelism is a sharding over one process, repeated
     mesh = world.mesh["replicate", "shard"] if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
     modules: list[nn.Module] = [*objective.model.blocks, objective]
     for module in modules:
         fully_shard(module, mesh=mesh)
-    for module in modules:
-        assert isinstance(module, FSDPModule)
+    for module in cast("list[FSDPModule]", modules):
         module.set_gradient_divide_factor(1.0)
-        if torch.device(device).type == "cpu":
+        if torch.device(device).type == "cpu":  # gloo only adds up
             module.set_force_sum_reduction_for_comms(True)
     return objective
 
@@ -131,13 +135,13 @@ def _summed(buffer: Tensor) -> torch.futures.Future[Tensor]:
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+def accumulating(module: nn.Module, world: World, last: bool) -> AbstractContextManager[Any]:
     """Around forward and backward of a micro-batch: only the last one's backward sends gradients."""
     if isinstance(module, DistributedDataParallel):
         return contextlib.nullcontext() if last else module.no_sync()
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
-        module.set_is_last_backward(last)
+    if world.size > 1:
+        cast("FSDPModule", module).set_requires_gradient_sync(last)
+        cast("FSDPModule", module).set_is_last_backward(last)
     return contextlib.nullcontext()
 
 
@@ -148,6 +152,8 @@ def place_weights(model: nn.Module, source: nn.Module | None) -> None:
         model: allocated, in every process.
         source: whole, in the main process; None in the others.
     """
+    from torch.distributed.tensor import DTensor
+
     whole = dict(source.named_parameters()) if source is not None else {}
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -178,11 +184,11 @@ def sum_partial_gradients(model: GPT, world: World) -> None:
     """Under tensor parallelism: the norms of queries and keys see only this process's heads, so their gradients are added up."""
     if world.mesh is None or world.mesh["tensor"].size() == 1:
         return
+    from torch.distributed.tensor import DTensor
+
     for block in model.blocks:
         for norm in (block.attention.q_norm, block.attention.k_norm):
             if norm is not None and norm.weight.grad is not None:
                 gradient = norm.weight.grad
                 dist.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, group=world.mesh["tensor"].get_group())
 
-
-Compile = Callable[[nn.Module], None]

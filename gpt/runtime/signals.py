@@ -9,10 +9,15 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `signal`; a second one acts as usual."""
+    """While entered, the first SIGINT or SIGTERM sets `signal`; a second one acts as usual.
 
-    def __init__(self) -> None:
+    Args:
+        watched: another process started this one and ends it if it takes too long: it may repeat its signals, which then change nothing.
+    """
+
+    def __init__(self, watched: bool = False) -> None:
         self.signal: int | None = None
+        self._watched = watched
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -26,7 +31,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        if not self._watched:
+            self._restore()
 
     def _restore(self) -> None:
         while self._before:

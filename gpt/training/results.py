@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -32,13 +32,22 @@ def write_results(
     model: GPT,
     data: TrainingData,
     held_out: HeldOutLoss,
+    spent: Mapping[str, float],
     say: Callable[[str], None],
 ) -> None:
-    """Export the weights, continue some prompts, write the report, and say how it went."""
+    """Export the weights, continue some prompts, write the report, and say how it went.
+
+    Args:
+        config, directory, state, data: of the run.
+        model: with the best weights, whole.
+        held_out: how they do.
+        spent: seconds of each part of the training, in this process.
+        say: takes the lines for people.
+    """
     metrics = read_metrics(directory.metrics)
     compressed = {} if data.on_examples else _compressed(config, data)
     rates = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
-    waits = [line["data_wait"] for line in metrics if "data_wait" in line]
+    last = next((line["val_loss"] for line in reversed(metrics) if "val_loss" in line), None)
     what = "held-out examples" if data.on_examples else "held-out text"
     summary = Summary(
         title=config.run.id,
@@ -58,13 +67,25 @@ def write_results(
             say(f"--- expected: {sample.expected}")
     beside = "".join(f"{name}: {figure:.2f}, " for name, figure in compressed.items())
     say(
-        f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s; "
-        f"{statistics.fmean(waits) if waits else 0.0:.2%} of the time waiting for data)"
+        f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s: {_shares(spent)})"
+        f"\nvalidation: best {_figure(state.best_val_loss)} at step {state.best_step}, last {_figure(last)}"
+        f"{f'; {state.skipped_steps} steps left out' if state.skipped_steps else ''}"
         f"\n{what} ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte "
         f"({beside}loss {held_out.loss:.3f} per token)"
         f"\nmodel:  {directory.model}\nreport: {report}"
         f"\nwrite:  gpt generate model={directory.path} {_use(data)}"
     )
+
+
+def _figure(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.3f}"
+
+
+def _shares(spent: Mapping[str, float]) -> str:
+    """What each part of the training took of it, the largest first; what took nothing is left out."""
+    total = sum(spent.values())
+    parts = sorted(spent.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts if seconds / total >= 0.005)
 
 
 def _use(data: TrainingData) -> str:

@@ -30,12 +30,22 @@ def new_run_id(command: str) -> str:
 class RunDirectory:
     """The folder `<run.dir>/<run.id>`, made and locked.
 
+    Args:
+        config: the run.
+        owned: whether this process makes and locks it; of several processes of a run one does, and the others only know where it is.
+
     Raises:
         UserError: it cannot be written, or another process is working in it.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, owned: bool = True) -> None:
         self.path = Path(config.run.dir).expanduser() / config.run.id
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.model = self.path / "model"
+        self._lock = None
+        if not owned:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")
@@ -47,9 +57,6 @@ class RunDirectory:
             ) from error
         except OSError as error:
             raise UserError(f"run.dir={config.run.dir}: cannot write {self.path} ({error.strerror})") from error
-        self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
-        self.model = self.path / "model"
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml: resolved, enough to repeat the run."""
@@ -62,6 +69,8 @@ class RunDirectory:
 
     def release(self) -> None:
         """Let other processes have it; a folder in which nothing came to be written is removed."""
+        if self._lock is None:
+            return
         if [p.name for p in self.path.iterdir()] == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()

@@ -1,52 +1,65 @@
 """The trainer: teacher-forced next-token training of a GPT, from a config to a folder with a model and a report.
 
 Read `fit` first, top to bottom. Every step is a function of (weights, optimizer state, step number): the batch and the random
-numbers of a step follow from the seed and its number, so a run that is resumed goes on exactly as if it had not stopped.
+numbers of a step follow from the seed and its number, so a run that is resumed goes on exactly as if it had not stopped. What several
+processes must decide together, they agree on once a step; only the main one prints and writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import math
 import os
-import statistics
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpt.compose import load_run
 from gpt.config import RunConfig, parse_span
 from gpt.data.batches import Batch, Batches
 from gpt.data.prefetch import Prefetch
 from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
-from gpt.evaluation.perplexity import HeldOutLoss, held_out_loss
+from gpt.evaluation.perplexity import HeldOutLoss, score_batches
 from gpt.inference.loading import load_model
-from gpt.model.config import GPTConfig
-from gpt.model.loss import IGNORE, LinearCrossEntropy
 from gpt.model.transformer import GPT
-from gpt.runtime.compiling import CompileAhead, compile_model, should_compile
+from gpt.runtime.compiling import CompileAhead, should_compile
 from gpt.runtime.device import find_device
+from gpt.runtime.distributed import Agreement, join_world, waited_too_long
+from gpt.runtime.peak import measured_peak_flops
 from gpt.runtime.signals import StopRequest
-from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole, save_checkpoint
+from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole
+from gpt.training.checkpoint_retention import Retention
+from gpt.training.checkpoint_writer import CheckpointWriter
+from gpt.training.clock import StepClock
 from gpt.training.data import OneBatch, TrainingData, open_training_data
+from gpt.training.layout import lay_out, prepare_blocks
+from gpt.training.length import expected_length, expected_model, run_length
 from gpt.training.metrics import MetricsFile
+from gpt.training.micro_batch import divisors, largest_that_fits
 from gpt.training.optimizer import build_optimizers, set_learning_rate
+from gpt.training.profile import Profiler
 from gpt.training.progress import Progress, say
+from gpt.training.report import LiveReport
 from gpt.training.results import write_results
+from gpt.training.resuming import run_to_continue
 from gpt.training.run_directory import RunDirectory, new_run_id
 from gpt.training.schedule import learning_rate_factor
+from gpt.training.step import Counts, Step
+from gpt.training.tracking import open_tracker
+from gpt.training.weight_average import WeightAverage
 
-MICRO_BATCH_TOKENS = 16384  # micro_batch=auto: the most tokens that go through the model at once
-# Of the data, what a run that goes on may have another value of: where things lie and how they are prepared, not what they are.
-_MAY_CHANGE = ("data.paths", "data.parts", "data.cache_dir", "data.workers", "data.memory_mb", "data.licence")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MOST_REWINDS = 5  # in a run, to the same checkpoint
 
 
 @dataclass
@@ -74,6 +87,7 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         config.validate()
         self.config = config
+        self.doing = "setting up"  # for an error that says where a process waited in vain
 
     def fit(self) -> Result:
         """Train, validate, save; at the end export the best weights, write samples and a report.
@@ -82,67 +96,101 @@ class Trainer:
             UserError: the data, the run directory or a checkpoint to resume cannot be used, or training diverged.
         """
         config = self.config
-        config.run.id = config.run.id or new_run_id(config.command)
-        self.device = find_device(config.device.name, config.precision, config.device.threads)
-        self.directory = RunDirectory(config)
+        self.device = find_device(config.device.name, config.precision, config.device.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        timeout = parse_span("launch.timeout", config.launch.timeout, ("seconds",)).amount
+        self.world = join_world(config.parallel, self.device.type, timeout)
+        self.say = say if self.world.is_main else lambda text: None
+        config.run.id = self.world.share(lambda: config.run.id or new_run_id(config.command))
+        self.directory = RunDirectory(config, owned=self.world.is_main)
         try:
             self._set_up()
-            say(f"run: {self.directory.path}  ({self.device.description}, {str(self.device.dtype).removeprefix('torch.')})")
+            processes = f", {self.world.size} processes" if self.world.size > 1 else ""
+            dtype = str(self.device.dtype).removeprefix("torch.")
+            self.say(f"run: {self.directory.path}  ({self.device.description}, {dtype}{processes})")
             interrupted = self._train()
             if interrupted:
-                say(f"interrupted at step {self.state.step}; continue with: gpt {config.command} resume={self.directory.path}")
+                self.say(f"interrupted at step {self.state.step}; continue with: gpt {config.command} resume={self.directory.path}")
                 return Result(128 + interrupted, self.directory.path, self.state)
             return self._finish()
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in _DISK_FULL:
                 raise
             raise UserError(f"run.dir: {self.directory.path} could not be written ({error}); {self._last_checkpoint()}") from error
+        except RuntimeError as error:
+            if self.world.size == 1 or not waited_too_long(error):
+                raise
+            raise TimeoutError(
+                f"process {self.world.rank} waited {config.launch.timeout} for the others in vain while {self.doing} ({_first_line(error)}); "
+                f"launch.timeout sets how long; {self._last_checkpoint()}"
+            ) from error
         finally:
             self.directory.release()
+            self.world.leave()
 
     # Before the first step
 
     def _set_up(self) -> None:
-        config = self.config
-        resumable = self._check_same_run()
+        config, world = self.config, self.world
+        before = world.share(lambda: run_to_continue(config, self.directory.path))
+        if before is not None and not config.model.vocab_size:
+            config.model.vocab_size = before.model.vocab_size
         self.sequences = config.train.batch_tokens // config.sequence_length
-        self.micro_batch = self._micro_batch()
-        self.compiled, reason = should_compile(config.compile, self.device, *self._expected_length())
+        if self.sequences % world.data_size:
+            raise UserError(
+                f"train.batch_tokens={config.train.batch_tokens} is {self.sequences} sequences, which {world.data_size} processes cannot "
+                f"share evenly (nearest: {math.ceil(self.sequences / world.data_size) * world.data_size * config.sequence_length})"
+            )
+        sizes = divisors(self.sequences // world.data_size, config.sequence_length)
+        self.micro_batch = sizes[0] if config.train.micro_batch == "auto" else min(config.train.micro_batch, self.sequences // world.data_size)
+        self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config))
         ahead = None
-        if self.compiled:
+        if self.compiled and world.mesh is None:
             documents = config.on_examples or config.data.document_mask
-            ahead = CompileAhead(self.device, self._expected_model(), self.micro_batch, config.sequence_length, documents)
-        checkpoint = self._checkpoint() if resumable else None
-        self.data = open_training_data(self._with_tokenizer(checkpoint), self.sequences, say)
+            ahead = CompileAhead(
+                self.device, expected_model(config), self.micro_batch, config.sequence_length, documents, partial(prepare_blocks, config.train)
+            )
+        checkpoint = world.share(self._checkpoint) if before is not None else None
+        self.doing = "preparing the data"
+        self.data = world.main_first(lambda: open_training_data(self._with_tokenizer(checkpoint), self.sequences, self.say))
         if ahead is not None and not ahead.done():
-            say("compiling (some 15 s the first time, a second after that)")
+            self.say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
             self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
         self._set_vocab_size(self.data)
         self.byte_lengths = self.data.tokenizer.byte_lengths()
-        self.model = self._initial_model(checkpoint)
-        self.model.to(self.device.type)
-        self.model.tie()
-        self.loss = LinearCrossEntropy(self.device.dtype)
-        self.optimizers = build_optimizers(config.optimizer, self.model)
+        self.doing = "laying out the model"
+        layout = lay_out(config, lambda: self._first_weights(checkpoint), self.compiled, world, self.device)
+        self.model, self.objective = layout.model, layout.objective
+        self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.group)
+        self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.batches: Batches = OneBatch(self.data.batches) if config.train.overfit else self.data.batches
         self.state = TrainingState(corpus=self.data.fingerprint)
-        self.total_steps, self.total_seconds = self._length()
+        self.total_steps, self.total_seconds = run_length(config, self.batches, self.sequences)
         if checkpoint is not None:
             self._resume(checkpoint)
-        self.metrics = MetricsFile(self.directory.metrics, self.state.step)
-        self.directory.write_config(config)
-        self.directory.write_environment(self.device)
-        self.data.tokenizer.save(self.directory.path / "tokenizer.json")
-        say(f"model: {self.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
-        if self.compiled:
-            compile_model(self.model, self.loss)
+        if config.train.micro_batch == "auto" and self.device.type != "cpu" and world.mesh is None:
+            self.micro_batch = self._fitting_micro_batch(sizes)
+        self.clock = StepClock(self.device)
+        self.counts = Counts(self.state, torch.device(self.device.type))
+        self.step = Step(
+            self.objective, self.model, self.optimizers, self.average, self.counts, world, self.device, self.micro_batch,
+            config.train.grad_clip, config.train.spike != "none", self.clock,
+        )  # fmt: skip
+        self.peak_flops = self.device.peak_flops
+        if world.is_main:
+            self.directory.write_config(config)
+            self.directory.write_environment(self.device)
+            self.data.tokenizer.save(self.directory.path / "tokenizer.json")
+            if self.peak_flops is None and self.device.type == "cpu":
+                self.peak_flops = measured_peak_flops(self.device.dtype)
+        size = self.model.num_parameters() / 1e6
+        self.say(f"model: {size:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from; None: from the beginning, said aloud."""
-        checkpoint = newest_whole(self.directory.checkpoints, say)
+        checkpoint = newest_whole(self.directory.checkpoints, self.say)
         if checkpoint is None:
-            say(f"no checkpoint in {self.directory.checkpoints} yet: starting at step 0")
+            self.say(f"no checkpoint in {self.directory.checkpoints} yet: starting at step 0")
         return checkpoint
 
     def _with_tokenizer(self, checkpoint: Path | None) -> RunConfig:
@@ -152,7 +200,7 @@ class Trainer:
             return self.config
         return replace(self.config, tokenizer=replace(tokenizer, path=str(own)))
 
-    def _initial_model(self, checkpoint: Path | None) -> GPT:
+    def _first_weights(self, checkpoint: Path | None) -> GPT:
         """Random weights, or those of `init`, in fp32 on the CPU; where a checkpoint brings them, any. Seeds the run's random numbers."""
         config = self.config
         torch.manual_seed(config.seed)
@@ -163,47 +211,12 @@ class Trainer:
         # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.
         loaded = load_model(config.init, dtype=torch.float32, allow_pickle=config.allow_pickle, key="init").model
         model.load_state_dict(loaded.state_dict())
-        say(f"weights: {config.init}")
+        self.say(f"weights: {config.init}")
         return model
 
-    def _expected_length(self) -> tuple[float | None, float | None]:
-        """The run's length in floating-point operations and in seconds, as far as the config alone tells."""
-        config, budget = self.config, parse_span("train.budget", self.config.train.budget)
-        tokens = {"steps": budget.amount * config.train.batch_tokens, "tokens": budget.amount}.get(budget.unit)
-        if tokens is None:
-            return None, budget.amount if budget.unit == "seconds" else None
-        with torch.device("meta"):
-            model = GPT(self._expected_model())
-        return model.flops_per_token() * tokens, None
-
-    def _expected_model(self) -> GPTConfig:
-        """The model's config before there is a tokenizer to tell the size of its vocabulary."""
-        return replace(self.config.model, vocab_size=self.config.model.vocab_size or self.config.tokenizer.vocab_size)
-
-    def _check_same_run(self) -> bool:
-        """Whether the run directory holds a run to continue.
-
-        Raises:
-            UserError: it does and may not be continued, or not with this config.
-        """
-        config, path = self.config, self.directory.path
-        if not (path / "config.yaml").is_file():
-            return False
-        if config.resume == "never":
-            raise UserError(f"run.id={config.run.id}: {path} exists, and resume=never; choose another run.id")
-        before = load_run(path)
-        if not config.model.vocab_size:
-            config.model.vocab_size = before.model.vocab_size
-        keys = ["seed", "init", "loss_on", "train.batch_tokens", "train.sequence_length", "train.overfit", "optimizer.name"]
-        keys += [key for key in _leaves("data", config.data) if key not in _MAY_CHANGE]
-        for key in (*keys, *_leaves("model", config.model), *_leaves("tokenizer", config.tokenizer)):
-            now, then = _value(config, key), _value(before, key)
-            if now != then:
-                raise UserError(f"{key}={now}: the run in {path} was started with {key}={then}; set it so, or choose another run.id")
-        return True
-
     def _resume(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint, self.model, self.optimizers)
+        averages = self.average.tensors() if self.average is not None else None
+        state = load_checkpoint(checkpoint, self.model, self.optimizers, averages)
         if state.corpus != self.state.corpus:
             raise UserError(
                 f"data: the text or its tokens are not those that {self.directory.path} was started with "
@@ -212,7 +225,7 @@ class Trainer:
         self.state = state
         if isinstance(self.data.batches, StreamingBatches) and state.stream is not None:
             self.data.batches.load_state_dict(state.stream)
-        say(f"resuming from {checkpoint} at step {state.step}")
+        self.say(f"resuming from {checkpoint} at step {state.step}")
 
     def _set_vocab_size(self, data: TrainingData) -> None:
         model, have = self.config.model, data.tokenizer.vocab_size
@@ -221,230 +234,282 @@ class Trainer:
         elif model.vocab_size < have:
             raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {have} (0 takes the tokenizer's)")
         elif model.vocab_size > have:
-            say(f"note: model.vocab_size={model.vocab_size}, but the tokenizer has {have} ids; the rest is never used")
+            self.say(f"note: model.vocab_size={model.vocab_size}, but the tokenizer has {have} ids; the rest is never used")
 
-    def _micro_batch(self) -> int:
-        """Sequences per pass: as configured, or the largest divisor of the batch within MICRO_BATCH_TOKENS."""
-        if self.config.train.micro_batch != "auto":
-            return self.config.train.micro_batch
-        most = max(1, MICRO_BATCH_TOKENS // self.config.sequence_length)
-        return max(d for d in range(1, min(self.sequences, most) + 1) if self.sequences % d == 0)
+    def _fitting_micro_batch(self, sizes: list[int]) -> int:
+        """The largest micro-batch that fits into the memory of every process's device, found by trying."""
+        length, device = self.config.sequence_length, self.device
 
-    def _length(self) -> tuple[int | None, float | None]:
-        """The run's length, in steps or in seconds.
+        def attempt(sequences: int) -> None:
+            tokens = torch.zeros(sequences, length, dtype=torch.int64, device=device.type)
+            documents = tokens if self.config.on_examples or self.config.data.document_mask else None
+            try:
+                with device.autocast():
+                    loss = self.objective(tokens, tokens, documents)
+                loss.backward()
+                device.synchronize()
+            finally:
+                self.model.zero_grad(set_to_none=True)
 
-        Raises:
-            UserError: a warm-up longer than the run.
-        """
-        budget = parse_span("train.budget", self.config.train.budget)
-        if budget.unit == "seconds":
-            return None, budget.amount
-        if budget.unit == "epochs" and not self.batches.windows:
-            raise UserError(f"train.budget={self.config.train.budget}: how long a stream is is not known; give steps, tokens or a time")
-        steps = {
-            "steps": budget.amount,
-            "tokens": budget.amount / self.config.train.batch_tokens,
-            "epochs": budget.amount * self.batches.windows / self.sequences,
-        }[budget.unit]
-        total = max(1, math.ceil(steps))
-        if self.config.schedule.warmup >= 1 and self.config.schedule.warmup > total:
-            raise UserError(f"schedule.warmup={self.config.schedule.warmup:g} steps is longer than the run of {total} steps")
-        return total, None
+        found = largest_that_fits(attempt, sizes)
+        if found != sizes[0]:
+            self.say(f"micro-batches of {found} sequences: {sizes[0]} do not fit into memory")
+        return found
 
     # The loop
 
     def _train(self) -> int | None:
         """Run until the budget is spent; return the signal that interrupted, if one did."""
-        config, state = self.config, self.state
+        config, state, world = self.config, self.state, self.world
         save_every = parse_span("checkpoint.every", config.checkpoint.every)
+        keep = config.checkpoint
+        writer = CheckpointWriter(self.directory.checkpoints, Retention(keep.keep_last, keep.keep_best, keep.keep_every), world.is_main)
+        self.metrics = MetricsFile(self.directory.metrics, state.step) if world.is_main else None
+        self.agreement = Agreement(world)
         self.started = time.monotonic() - state.seconds
-        saved_at, saved_step = time.monotonic(), state.step
-        busy: list[float] = []  # seconds of each step since the last line of metrics
-        warm = False
-        self.model.train()
-        with (
-            StopRequest() as stop,
-            Progress(self.total_seconds or self.total_steps or 0, self.total_steps is None) as progress,
-            closing(Prefetch(self.batches, state.step, pin=self.device.pins_memory)) as self.queue,
-        ):
-            waited = 0.0
+        self.busy, self.timed_steps, self.logged_step = 0.0, 0, state.step
+        saved_at, saved_step = state.seconds, state.step
+        stop_at_once = world.size == 1  # of several processes none may leave a step alone
+        self.objective.train()
+        with contextlib.ExitStack() as stack:
+            self.stop = stack.enter_context(StopRequest(watched=world.size > 1))
+            self.progress = stack.enter_context(
+                Progress(self.total_seconds or self.total_steps or 0, self.total_steps is None, quiet=not world.is_main)
+            )
+            self.tracker = self.report = None
+            if world.is_main:
+                name, folder = config.run.id, self.directory.path
+                self.tracker = open_tracker(config.tracking, name, folder, config.to_dict(), resume=state.step > 0, say=self.progress.say)
+                stack.callback(self.tracker.finish)
+                self.report = stack.enter_context(closing(LiveReport(folder)))
+            profiler = Profiler(self.directory.path / "profile", self.device.type, self.say) if config.profile and world.is_main else None
+            if profiler is not None:
+                stack.enter_context(closing(profiler))
+            self.writer = stack.enter_context(closing(writer))
+            prefetch = Prefetch(self.batches, state.batch, world.data_rank, world.data_size, pin=self.device.pins_memory)
+            self.queue = stack.enter_context(closing(prefetch))
+            stack.enter_context(_no_garbage_collection())
+            self.began, first = time.monotonic(), True
             while True:
-                improved = self._validation_due() and self._validate(progress, stop)
-                if stop.signal or self._done():
+                signalled = self._agree()
+                if done := self._done():
+                    self._log()
+                improved = self._validation_due(done) and self._validate()
+                if signalled or done or (improved is None):
                     break
                 by_steps = save_every.unit == "steps"
-                due = state.step % save_every.amount == 0 if by_steps else time.monotonic() - saved_at > save_every.amount
+                due = state.step % save_every.amount == 0 if by_steps else state.seconds - saved_at > save_every.amount
                 if improved or (due and saved_step != state.step):
-                    self._save(progress, required=False)
-                    saved_at, saved_step = time.monotonic(), state.step
-                step_started = time.monotonic()
-                done = self._step(stop)
-                if done is None:  # a signal came first
+                    self._save(required=False)
+                    saved_at, saved_step = state.seconds, state.step
+                if not self._next_step(stop_at_once):
                     break
-                log_due = state.step % config.train.log_every == 0 or self._done()
-                if warm or log_due:  # a process's first step takes longer, and would hide the time of the others
-                    busy.append(time.monotonic() - step_started)
-                else:
-                    waited = self.queue.waited
-                warm = True
-                state.seconds = time.monotonic() - self.started
-                if log_due:
-                    waited, before = self.queue.waited, waited
-                    progress.update(self._log(*done, statistics.fmean(busy), (waited - before) / sum(busy)))
-                    busy.clear()
-            state.seconds = time.monotonic() - self.started
-            self._save(progress, required=True)
-        self.metrics.close()
-        return stop.signal
+                if config.train.spike == "rewind" and self.step.spiked.item():
+                    self._rewind()
+                if state.step % config.train.log_every == 0:
+                    self._log()
+                elif first:  # it takes longer, and would hide the time of the others
+                    self.busy, self.timed_steps, _ = 0.0, 0, self.clock.read()
+                first = False
+                if profiler is not None:
+                    profiler.step()
+            signalled = self._agree()
+            self._save(required=True)
+        if self.metrics is not None:
+            self.metrics.close()
+        return signalled or None
+
+    def _agree(self) -> int:
+        """Bring `state.seconds` up to date; the signal to stop for, or 0. The main process's clock is everybody's."""
+        own = time.monotonic() - self.started if self.world.is_main else 0.0
+        signalled, seconds = self.agreement.exchange(self.stop.signal or 0, own)
+        self.state.seconds = seconds
+        return int(signalled)
 
     def _done(self) -> bool:
         if self.total_steps is not None:
             return self.state.step >= self.total_steps
-        return time.monotonic() - self.started >= (self.total_seconds or 0)
+        return self.state.seconds >= (self.total_seconds or 0)
 
-    def _validation_due(self) -> bool:
+    def _validation_due(self, done: bool) -> bool:
         every, step = self.config.train.eval_every, self.state.step
-        return step != self.state.validated_step and (self._done() or bool(every and step and step % every == 0))
+        return step != self.state.validated_step and (done or bool(every and step and step % every == 0))
 
-    def _step(self, stop: StopRequest) -> tuple[float, float] | None:
-        """One optimizer step. Returns the learning rate as a share of its peak, and the gradient norm; None if a signal came first."""
-        config, state, device = self.config, self.state, self.device
+    def _next_step(self, stop_at_once: bool) -> bool:
+        """Train on the next batch; False if a signal came first, and then nothing has changed."""
+        config, state = self.config, self.state
+        self.doing = f"training step {state.step + 1}"
+        started = time.perf_counter()
         progress = state.step / self.total_steps if self.total_steps else state.seconds / (self.total_seconds or 1)
-        factor = learning_rate_factor(config.schedule, state.step, self.total_steps, min(progress, 1.0))
-        set_learning_rate(self.optimizers, factor)
-        batch = self.queue.get(state.step)
-        valid = int((batch.targets != IGNORE).sum())
-        torch.manual_seed(config.seed + (state.step << 20))  # dropout, as a function of the step alone
-        total = torch.zeros((), device=device.type)
-        for first in range(0, len(batch.tokens), self.micro_batch):
-            if stop.signal:
-                self._zero_grad()
-                return None
-            part = self._part(batch, first)
-            with device.autocast():
-                hidden = self.model.hidden_states(part.tokens, documents=part.documents)
-            loss = self.loss(hidden, self.model.head.weight, part.targets) / valid
-            loss.backward()
-            total += loss.detach()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.train.grad_clip or math.inf, foreach=True)
-        if torch.isfinite(grad_norm) and torch.isfinite(total):
-            for optimizer in self.optimizers:
-                optimizer.step()
-            state.skipped_in_a_row = 0
-            state.interval_loss += total.item()
-            state.interval_steps += 1
-        else:
-            self._skip()
-        self._zero_grad()
+        set_learning_rate(self.optimizers, learning_rate_factor(config.schedule, state.step, self.total_steps, min(progress, 1.0)))
+        with self.clock.part("data"):
+            batch = self.queue.get(state.batch)
+        torch.manual_seed(config.seed + (state.batch << 20) + self.world.data_rank)  # dropout, as a function of the batch alone
+        will_log = (state.step + 1) % config.train.log_every == 0
+        if not self.step(batch, (lambda: self.stop.signal is not None) if stop_at_once else (lambda: False), measure=will_log):
+            return False
         state.step += 1
-        state.tokens += valid
+        state.batch += 1
         state.stream = self.queue.state_dict()
-        return factor, grad_norm.item()
+        self.busy += time.perf_counter() - started
+        self.timed_steps += 1
+        self.clock.step()
+        return True
 
-    def _part(self, batch: Batch, first: int) -> Batch:
-        """The rows of a micro-batch, on the device."""
-
-        def moved(rows: Tensor) -> Tensor:
-            return rows[first : first + self.micro_batch].to(self.device.type, non_blocking=True)
-
-        return Batch(moved(batch.tokens), moved(batch.targets), None if batch.documents is None else moved(batch.documents))
-
-    def _zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
-    def _skip(self) -> None:
-        state = self.state
-        state.skipped_steps += 1
-        state.skipped_in_a_row += 1
-        if state.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise UserError(
-                f"training diverged: {state.skipped_in_a_row} steps in a row up to step {state.step + 1} had a loss or gradient that is "
-                f"not finite; {self._last_checkpoint()}. Try a lower optimizer.lr (now {self.config.optimizer.lr:g}) or precision=fp32"
-            )
-
-    def _last_checkpoint(self) -> str:
-        kept = list_checkpoints(self.directory.checkpoints)
-        return f"the last checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
-
-    def _log(self, factor: float, grad_norm: float, seconds_per_step: float, data_wait: float) -> dict[str, Any]:
-        state, config = self.state, self.config
-        rate = config.train.batch_tokens / seconds_per_step
-        peak = self.device.peak_flops
+    def _log(self) -> None:
+        """Write a line of metrics, unless this step has one. Here, and not in the steps, the device is waited for."""
+        state, config, clock = self.state, self.config, self.clock
+        if state.step == self.logged_step:
+            return
+        started = time.perf_counter()
+        self.counts.store(state)
+        self.busy += time.perf_counter() - started
+        rate = config.train.batch_tokens * self.timed_steps / self.busy
+        wall, spent, times = time.monotonic() - self.began, clock.totals(), clock.read()
+        update_norm = self.step.update_norm
         line = {
             "step": state.step,
             "tokens": state.tokens,
             "epoch": state.tokens / self.batches.tokens_per_epoch if self.batches.tokens_per_epoch else None,
             "loss": state.interval_loss / state.interval_steps if state.interval_steps else math.nan,
-            "lr": config.optimizer.lr * factor,
-            "grad_norm": grad_norm,
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": self.step.grad_norm.item(),
+            "update_norm": update_norm.item() if update_norm is not None else None,
             "tokens_per_second": rate,
-            "mfu": rate * self.model.flops_per_token() / peak if peak else None,
-            "data_wait": data_wait,
+            "mfu": rate * self.model.flops_per_token() / (self.peak_flops * self.world.size) if self.peak_flops else None,
+            "data_wait": times["time_data"] * self.timed_steps / self.busy,
+            **times,
+            "share_evaluation": spent["evaluation"] / wall,
+            "share_checkpointing": spent["checkpointing"] / wall,
             "memory_bytes": self.device.memory_bytes(),
             "seconds": state.seconds,
             "skipped_steps": state.skipped_steps,
+            "spikes": state.spikes,
         }
-        state.interval_loss, state.interval_steps = 0.0, 0
-        self.metrics.write(line)
-        return line
+        self.busy, self.timed_steps, self.logged_step = 0.0, 0, state.step
+        self._write(line)
+        if self.world.is_main:
+            self.progress.update(line)
+        for name in ("interval_loss", "interval_steps"):
+            setattr(state, name, 0)
+        self.counts.load(state)
+        if state.skipped_in_a_row >= config.train.max_skipped_steps:
+            raise UserError(
+                f"training diverged: {state.skipped_in_a_row} steps in a row up to step {state.step} had a loss or gradient that is "
+                f"not finite; {self._last_checkpoint()}. Try a lower optimizer.lr (now {config.optimizer.lr:g}) or precision=fp32"
+            )
 
-    def _validate(self, progress: Progress, stop: StopRequest) -> bool:
+    def _write(self, line: dict[str, Any]) -> None:
+        """Metrics to the file, the tracker and the page."""
+        if self.metrics is not None and self.tracker is not None and self.report is not None:
+            self.metrics.write(line)
+            self.tracker.log({name: value for name, value in line.items() if name != "step"}, line["step"])
+            self.report.refresh()
+
+    def _last_checkpoint(self) -> str:
+        kept = list_checkpoints(self.directory.checkpoints)
+        return f"the last checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
+
+    def _validate(self) -> bool:
         """Validate on the fixed held-out windows; whether this is the best so far."""
         state = self.state
-        result = self._held_out(self.config.train.eval_tokens, stop)
+        self.doing = f"validating at step {state.step}"
+        with self.clock.spend("evaluation"):
+            result = self._held_out(self.config.train.eval_tokens, lambda: bool(self._agree()))
         if result is None:  # interrupted
             return False
-        state.validated_step, state.seconds = state.step, time.monotonic() - self.started
-        self.metrics.write(
-            {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "val_loss": result.loss, "val_bpb": result.bits_per_byte}
-        )
-        progress.validated(result.loss, result.bits_per_byte)
+        gc.collect()
+        self.counts.store(state)
+        state.validated_step, state.val_loss = state.step, result.loss
+        figures = {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+        self._write({"step": state.step, "tokens": state.tokens, "seconds": state.seconds, **figures})
+        if self.world.is_main:
+            self.progress.validated(result.loss, result.bits_per_byte)
         if state.best_val_loss is not None and not result.loss < state.best_val_loss:
             return False
         state.best_val_loss, state.best_step = result.loss, state.step
         return True
 
-    def _held_out(self, limit: int, stop: StopRequest | None = None) -> HeldOutLoss | None:
-        stopped = (lambda: stop.signal is not None) if stop is not None else (lambda: False)
-        batches = self.data.held_out(self.micro_batch, limit)
-        return held_out_loss(self.model, self.loss, batches, self.byte_lengths, self.device, stopped)
+    def _held_out(self, limit: int, stopped: Callable[[], bool] = lambda: False) -> HeldOutLoss | None:
+        """The loss of the weights, or of their average where there is one, on held-out text, shared out among the processes."""
 
-    def _save(self, progress: Progress, required: bool) -> None:
-        """Save a checkpoint. One that fails within the run is only said: the run goes on, and earlier ones stay."""
-        try:
-            keep_last = self.config.checkpoint.keep_last
-            save_checkpoint(self.directory.checkpoints, self.model, self.optimizers, self.state, keep_last, self.data.manifest)
-        except OSError as error:
+        def nll(batch: Batch) -> Tensor:
+            return self.objective(batch.tokens, batch.targets, batch.documents)
+
+        batches = self.data.held_out(self.micro_batch, limit)
+        with self.average.swapped() if self.average is not None else contextlib.nullcontext():
+            return score_batches(self.objective, nll, batches, self.byte_lengths, self.device, stopped, world=self.world)
+
+    def _save(self, required: bool) -> None:
+        """Save a checkpoint in the background. One that fails within the run is only said: the run goes on, and earlier ones stay."""
+        self.doing = f"saving the checkpoint of step {self.state.step}"
+        with self.clock.spend("checkpointing"):
+            self.counts.store(self.state)
+            averages = self.average.tensors() if self.average is not None else None
+            self.writer.save(self.model, self.optimizers, self.state, self.data.manifest, averages)
+            if problem := self.writer.problem():
+                self.progress.say(f"warning: {problem}; training goes on")
+            gc.collect()
             if required:
-                problem = f"run.dir: the checkpoint of step {self.state.step} could not be written ({error})"
-                raise UserError(f"{problem}; {self._last_checkpoint()}") from error
-            progress.say(f"warning: the checkpoint of step {self.state.step} could not be written ({error}); training goes on")
+                try:
+                    self.writer.wait()
+                except OSError as error:
+                    problem = f"run.dir: the checkpoint of step {self.state.step} could not be written ({error})"
+                    raise UserError(f"{problem}; {self._last_checkpoint()}") from error
+
+    def _rewind(self) -> None:
+        """After a loss spike: weights and optimizer as of the newest checkpoint, and on with the data that follows the spike."""
+        state = self.state
+        self.writer.close()
+        newest = self.world.share(lambda: newest_whole(self.directory.checkpoints, self.progress.say))
+        if newest is None or state.rewinds == _MOST_REWINDS:
+            self.progress.say(f"loss spike at step {state.step}: left out ({'no checkpoint to go back to' if newest is None else 'too many'})")
+            return
+        averages = self.average.tensors() if self.average is not None else None
+        before = load_checkpoint(newest, self.model, self.optimizers, averages)
+        for name in ("batch", "stream", "seconds", "spikes", "skipped_steps"):
+            setattr(before, name, getattr(state, name))
+        before.rewinds = state.rewinds + 1
+        self.progress.say(f"loss spike at step {state.step}: going back to step {before.step}, and on with other data")
+        self.state = before
+        self.counts.load(before)
+        self.logged_step = before.step
 
     # After the last step
 
     def _finish(self) -> Result:
         """The best weights, measured on all of the held-out text, exported, sampled from and reported."""
-        config, state, path = self.config, self.state, self.directory.path
+        config, state, world = self.config, self.state, self.world
+        self.doing = "measuring the best weights"
         best = self.directory.checkpoints / f"step-{state.best_step or 0:08d}"
-        if state.best_step is not None and best.is_dir() and state.best_step != state.step:
+        if best.is_dir() and (state.best_step != state.step or self.average is not None):
             load_weights(best, self.model)
+            self.average = None
         held_out = self._held_out(config.train.final_eval_tokens)
         assert held_out is not None
-        write_results(config, self.directory, state, self.model, self.data, held_out, say)
-        return Result(0, path, state, held_out)
+        if world.is_main:
+            model = self.model
+            if world.mesh is not None:  # this process holds only a part of it
+                model = GPT.materialise(config.model)
+                load_weights(best, model)
+                model.to(self.device.type)
+                model.tie()
+            write_results(config, self.directory, state, model, self.data, held_out, self.clock.totals(), self.say)
+        return Result(0, self.directory.path, state, held_out)
 
 
-def _leaves(prefix: str, section: Any) -> list[str]:
-    """The dotted keys of a section."""
-    found = []
-    for f in fields(section):
-        key = f"{prefix}.{f.name}"
-        found += _leaves(key, getattr(section, f.name)) if is_dataclass(getattr(section, f.name)) else [key]
-    return found
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python's collector runs between steps, when asked, and not within them; what is there now is never looked at again."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,70 @@
+"""A run's model on its devices: built, given its first weights, checkpointed, compiled and spread over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gpt.config import RunConfig, TrainConfig
+from gpt.model.loss import LinearCrossEntropy
+from gpt.model.transformer import GPT
+from gpt.runtime.compiling import compile_model
+from gpt.runtime.device import Device
+from gpt.runtime.distributed import World
+from gpt.runtime.parallel import NextTokenLoss, checkpoint_activations, place_weights, split_matrices, spread
+
+
+@dataclass
+class Layout:
+    """Where a run's model is.
+
+    Attributes:
+        model: the GPT; its parameters have the same names in every layout.
+        objective: what to call for a loss.
+    """
+
+    model: GPT
+    objective: nn.Module
+
+
+def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool, world: World, device: Device) -> Layout:
+    """Build the model of a run.
+
+    Args:
+        config: the run, with the size of the vocabulary.
+        first_weights: makes the whole model on the CPU; where parameters are divided it is called in the main process only, and
+            nobody else ever holds the whole.
+        compiled: whether to compile blocks and loss.
+        world, device: where.
+    """
+    divided = world.mesh is not None
+    if divided:
+        source = first_weights() if world.is_main else None
+        with torch.device("meta"):
+            model = GPT(config.model)
+    else:
+        source, model = None, first_weights()
+        model.to(device.type)
+        model.tie()
+    loss = LinearCrossEntropy(device.dtype)
+    objective = NextTokenLoss(model, loss)
+    if config.parallel.tensor > 1 and divided:
+        split_matrices(model, world)
+    prepare_blocks(config.train, list(model.blocks))
+    if compiled:
+        compile_model(model, loss)
+    spread_objective = spread(objective, config.parallel.name, world, device.type)
+    if divided:
+        model.to_empty(device=device.type)
+        model.tie()
+        model.init_tables()
+        place_weights(model, source)
+    return Layout(model, spread_objective)
+
+
+def prepare_blocks(config: TrainConfig, blocks: Sequence[nn.Module]) -> None:
+    """What is done to blocks before they are compiled."""
+    checkpoint_activations(blocks, config.activation_checkpointing, config.activation_checkpointing_n)

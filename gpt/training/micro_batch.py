@@ -1,0 +1,46 @@
+"""How many sequences go through the model at once. The batch is the same whatever this is, so a result does not depend on the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gpt.errors import UserError
+
+# micro_batch=auto: the most tokens of a pass. More make no step faster, and on a CPU, where memory is shared, nothing says when it is full.
+MOST_TOKENS = 16384
+
+
+def divisors(sequences: int, sequence_length: int) -> list[int]:
+    """Sizes of micro-batches that divide `sequences` and have at most MOST_TOKENS tokens, the largest first; at least 1."""
+    most = max(1, MOST_TOKENS // sequence_length)
+    return [d for d in range(min(sequences, most), 0, -1) if sequences % d == 0]
+
+
+def largest_that_fits(attempt: Callable[[int], None], sizes: list[int]) -> int:
+    """The largest size for which `attempt` does not run out of memory.
+
+    Args:
+        attempt: a forward and backward pass of that many sequences.
+        sizes: to try, the largest first.
+
+    Raises:
+        UserError: not even the last one fits.
+    """
+    from accelerate.utils import find_executable_batch_size
+
+    remaining = iter(sizes)
+
+    def try_size(batch_size: int) -> int:
+        attempt(batch_size)
+        return batch_size
+
+    find = find_executable_batch_size(
+        try_size, starting_batch_size=next(remaining), reduce_batch_size_fn=lambda: next(remaining, 0)
+    )
+    try:
+        return find()  # type: ignore[call-arg]
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        problem = f"train.micro_batch=auto: not even {sizes[-1]} sequence fits into memory"
+        raise UserError(f"{problem}; try train.activation_checkpointing=full, or parallel=fsdp") from error

@@ -1,0 +1,51 @@
+"""Whether a run directory holds a run that this config may continue."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt.compose import load_run
+from gpt.config import RunConfig
+from gpt.errors import UserError
+
+# Of the data, what a run that goes on may have another value of: where things lie and how they are prepared, not what they are.
+_MAY_CHANGE = ("data.paths", "data.parts", "data.cache_dir", "data.workers", "data.memory_mb", "data.licence")
+_MUST_STAY = ("seed", "init", "loss_on", "train.batch_tokens", "train.sequence_length", "train.overfit", "train.ema", "optimizer.name")
+
+
+def run_to_continue(config: RunConfig, directory: Path) -> RunConfig | None:
+    """The config that the run in `directory` was started with, if there is one.
+
+    How the run is spread over devices may differ: a checkpoint fits every layout.
+
+    Raises:
+        UserError: there is one that may not be continued, or not with this config.
+    """
+    if not (directory / "config.yaml").is_file():
+        return None
+    if config.resume == "never":
+        raise UserError(f"run.id={config.run.id}: {directory} exists, and resume=never; choose another run.id")
+    before = load_run(directory)
+    keys = [*_MUST_STAY, *(key for key in _leaves("data", config.data) if key not in _MAY_CHANGE)]
+    for key in (*keys, *_leaves("model", config.model), *_leaves("tokenizer", config.tokenizer)):
+        now, then = _value(config, key), _value(before, key)
+        if now != then and not (key == "model.vocab_size" and not now):  # 0: to be the tokenizer's
+            raise UserError(f"{key}={now}: the run in {directory} was started with {key}={then}; set it so, or choose another run.id")
+    return before
+
+
+def _leaves(prefix: str, section: Any) -> list[str]:
+    """The dotted keys of a section."""
+    found = []
+    for f in fields(section):
+        key = f"{prefix}.{f.name}"
+        found += _leaves(key, getattr(section, f.name)) if is_dataclass(getattr(section, f.name)) else [key]
+    return found
+
+
+def _value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
