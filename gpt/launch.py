@@ -89,7 +89,8 @@ def _start(config: RunConfig, processes: int) -> int:
         config.run.id = config.run.id or new_run_id(config.command)  # the same after a restart
     elif not config.run.id:
         raise UserError("run.id: on several machines, and for restarts on them, a run must have a name; give run.id=<name>")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes speak for themselves
     settings = LaunchConfig(
         min_nodes=config.launch.nnodes, max_nodes=config.launch.nnodes, nproc_per_node=processes, run_id=config.run.id,
         rdzv_backend="c10d", rdzv_endpoint=config.launch.endpoint or "localhost:0",

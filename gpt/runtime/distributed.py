@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -37,7 +38,8 @@ class World:
         local_size: processes of this machine.
         data_rank, data_size: which part of every batch it works on, of how many. Processes that split matrices between them (tensor
             parallelism) work on the same part.
-        mesh: (replicate, shard, tensor) layout of the processes; None for one process and for plain ddp.
+        mesh: (replicate, shard, tensor) layout of the processes; None for one.
+        is_divided: whether each process holds only a part of the parameters.
     """
 
     rank: int = 0
@@ -47,6 +49,7 @@ class World:
     data_rank: int = 0
     data_size: int = 1
     mesh: DeviceMesh | None = None
+    is_divided: bool = False
     _control: Any = None  # process group of CPU tensors, for what the host must know
 
     @property
@@ -55,14 +58,20 @@ class World:
         return self.rank == 0
 
     @property
-    def group(self) -> dist.ProcessGroup | None:
-        """All processes; None if this is the only one."""
-        return dist.group.WORLD if self.size > 1 else None
+    def work_mesh(self) -> DeviceMesh | None:
+        """The mesh without its dimensions of one process, but for that of the parameters, to divide work over all processes; None for one."""
+        if self.mesh is None:
+            return None
+        names = self.mesh.mesh_dim_names or ()
+        kept = tuple(name for name in names if self.mesh[name].size() > 1 or (self.is_divided and name == "shard"))
+        return self.mesh[kept]
 
     @property
     def data_group(self) -> dist.ProcessGroup | None:
         """The processes that divide a batch; None: all."""
-        return None if self.mesh is None or self.mesh["tensor"].size() == 1 else self.mesh["replicate", "shard"]._flatten("data").get_group()
+        if self.mesh is None or self.mesh["tensor"].size() == 1:
+            return None
+        return self.mesh["replicate", "shard"]._flatten("data").get_group()
 
     def share(self, make: Callable[[], T]) -> T:
         """What `make` returns in the main process, in all of them; it must be picklable."""
@@ -156,20 +165,25 @@ def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float)
     for key, divisor in (("parallel.tensor", config.tensor), ("parallel.replicate", config.tensor * config.replicate)):
         if size % divisor:
             raise UserError(f"{key}={getattr(config, key.partition('.')[2])} does not divide the {size // config.tensor} processes that are left")
+    for name in ("torch.distributed.tensor", "torch.distributed._functional_collectives"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # how DTensors are sent could be faster on gloo, each process warns
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if not dist.is_initialized():
         if device_type != "cpu":
             torch.accelerator.set_device_index(local_rank)
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        dist.init_process_group(dist.get_default_backend_for_device(device_type), timeout=timeout)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        # torch's elastic agent may keep its store from one attempt to the next, and with it the addresses of processes that are gone.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = dist.get_default_backend_for_device(device_type)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     control = dist.new_group(backend="gloo")
-    mesh = None
-    if config.name == "fsdp" or config.tensor > 1:
-        replicate = config.replicate if config.name == "fsdp" else size // config.tensor
-        shape = (replicate, size // (replicate * config.tensor), config.tensor)
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    replicate = config.replicate if config.name == "fsdp" else size // config.tensor
+    shape = (replicate, size // (replicate * config.tensor), config.tensor)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return World(rank, size, local_rank, local_size, rank // config.tensor, size // config.tensor, mesh, control)
+    is_divided = config.name == "fsdp" or config.tensor > 1
+    return World(rank, size, local_rank, local_size, rank // config.tensor, size // config.tensor, mesh, is_divided, control)
 
 
 def is_first_failure() -> bool:

@@ -7,6 +7,7 @@ means: what they are divided by is the trainer's business.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -98,26 +99,27 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
-def spread(objective: NextTokenLoss, name: str, world: World, device: torch.device | str) -> nn.Module:
+def spread(objective: NextTokenLoss, world: World, device: torch.device | str) -> nn.Module:
     """The module to call for a loss, whose gradients are sums over all processes.
 
     Args:
         objective: on its device for ddp; its model for fsdp still on meta (`place`), already split, checkpointed and compiled.
-        name: the config's `parallel`.
         world: the processes.
         device: of this process.
     """
     if world.size == 1:
         return objective
-    if world.mesh is None:
-        assert name == "ddp"
+    if not world.is_divided:
         ids = None if torch.device(device).type == "cpu" else [torch.accelerator.current_device_index()]
-        wrapped = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel).parameters  # position tables are the same everywhere, and never sent
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        wrapped = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})
         wrapped.register_comm_hook(None, lambda state, bucket: _summed(bucket.buffer()))
         return wrapped
     from torch.distributed.fsdp import fully_shard
 
     # ddp with tensor parallelism is a sharding over one process, repeated
+    assert world.mesh is not None
     mesh = world.mesh["replicate", "shard"] if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
     modules: list[nn.Module] = [*objective.model.blocks, objective]
     for module in modules:
@@ -143,6 +145,12 @@ def accumulating(module: nn.Module, world: World, last: bool) -> AbstractContext
         cast("FSDPModule", module).set_requires_gradient_sync(last)
         cast("FSDPModule", module).set_is_last_backward(last)
     return contextlib.nullcontext()
+
+
+def settle(module: nn.Module, world: World) -> None:
+    """After forward passes without a backward pass: FSDP's outermost parameters are still whole then, and no longer the sharded ones."""
+    if world.is_divided:
+        cast("FSDPModule", module).reshard()
 
 
 def place_weights(model: nn.Module, source: nn.Module | None) -> None:

@@ -40,7 +40,7 @@ def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool,
         compiled: whether to compile blocks and loss.
         world, device: where.
     """
-    divided = world.mesh is not None
+    divided = world.is_divided
     if divided:
         source = first_weights() if world.is_main else None
         with torch.device("meta"):
@@ -56,7 +56,7 @@ def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool,
     prepare_blocks(config.train, list(model.blocks))
     if compiled:
         compile_model(model, loss)
-    spread_objective = spread(objective, config.parallel.name, world, device.type)
+    spread_objective = spread(objective, world, device.type)
     if divided:
         model.to_empty(device=device.type)
         model.tie()

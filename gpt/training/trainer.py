@@ -35,6 +35,7 @@ from gpt.model.transformer import GPT
 from gpt.runtime.compiling import CompileAhead, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.distributed import Agreement, join_world, waited_too_long
+from gpt.runtime.parallel import settle
 from gpt.runtime.peak import measured_peak_flops
 from gpt.runtime.signals import StopRequest
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole
@@ -144,7 +145,7 @@ class Trainer:
         self.micro_batch = sizes[0] if config.train.micro_batch == "auto" else min(config.train.micro_batch, self.sequences // world.data_size)
         self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config))
         ahead = None
-        if self.compiled and world.mesh is None:
+        if self.compiled and not world.is_divided:
             documents = config.on_examples or config.data.document_mask
             ahead = CompileAhead(
                 self.device, expected_model(config), self.micro_batch, config.sequence_length, documents, partial(prepare_blocks, config.train)
@@ -161,14 +162,14 @@ class Trainer:
         self.doing = "laying out the model"
         layout = lay_out(config, lambda: self._first_weights(checkpoint), self.compiled, world, self.device)
         self.model, self.objective = layout.model, layout.objective
-        self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.group)
+        self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.work_mesh)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.batches: Batches = OneBatch(self.data.batches) if config.train.overfit else self.data.batches
         self.state = TrainingState(corpus=self.data.fingerprint)
         self.total_steps, self.total_seconds = run_length(config, self.batches, self.sequences)
         if checkpoint is not None:
             self._resume(checkpoint)
-        if config.train.micro_batch == "auto" and self.device.type != "cpu" and world.mesh is None:
+        if config.train.micro_batch == "auto" and self.device.type != "cpu" and not world.is_divided:
             self.micro_batch = self._fitting_micro_batch(sizes)
         self.clock = StepClock(self.device)
         self.counts = Counts(self.state, torch.device(self.device.type))
@@ -279,8 +280,9 @@ class Trainer:
             self.tracker = self.report = None
             if world.is_main:
                 name, folder = config.run.id, self.directory.path
-                self.tracker = open_tracker(config.tracking, name, folder, config.to_dict(), resume=state.step > 0, say=self.progress.say)
-                stack.callback(self.tracker.finish)
+                self.tracker = open_tracker(config.tracking, name, folder, config.to_dict(), state.step, self.progress.say)
+                if self.tracker is not None:
+                    stack.callback(self.tracker.finish)
                 self.report = stack.enter_context(closing(LiveReport(folder)))
             profiler = Profiler(self.directory.path / "profile", self.device.type, self.say) if config.profile and world.is_main else None
             if profiler is not None:
@@ -401,9 +403,11 @@ class Trainer:
 
     def _write(self, line: dict[str, Any]) -> None:
         """Metrics to the file, the tracker and the page."""
-        if self.metrics is not None and self.tracker is not None and self.report is not None:
+        if self.metrics is not None:
             self.metrics.write(line)
-            self.tracker.log({name: value for name, value in line.items() if name != "step"}, line["step"])
+        if self.tracker is not None:
+            self.tracker.log(line, line["step"])
+        if self.report is not None:
             self.report.refresh()
 
     def _last_checkpoint(self) -> str:
@@ -438,7 +442,9 @@ class Trainer:
 
         batches = self.data.held_out(self.micro_batch, limit)
         with self.average.swapped() if self.average is not None else contextlib.nullcontext():
-            return score_batches(self.objective, nll, batches, self.byte_lengths, self.device, stopped, world=self.world)
+            result = score_batches(self.objective, nll, batches, self.byte_lengths, self.device, stopped, world=self.world)
+            settle(self.objective, self.world)
+        return result
 
     def _save(self, required: bool) -> None:
         """Save a checkpoint in the background. One that fails within the run is only said: the run goes on, and earlier ones stay."""
@@ -489,7 +495,7 @@ class Trainer:
         assert held_out is not None
         if world.is_main:
             model = self.model
-            if world.mesh is not None:  # this process holds only a part of it
+            if world.is_divided:  # this process holds only a part of it
                 model = GPT.materialise(config.model)
                 load_weights(best, model)
                 model.to(self.device.type)
