@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 PLAIN_EVERY_SECONDS = 5.0
+LEAST_BAR = 9  # columns, with the blank behind it
 
 
 class Progress:
@@ -22,16 +23,17 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
         self.total, self.timed = total, timed
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._last_line = 0.0
-        self._val = ""
+        self._val: tuple[str, str] | None = None
         self._bar = None
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-            self._bar = Bar(*columns, console=self.console)
-            self._task = self._bar.add_task("training", total=total, text="")
+            columns = (BarColumn(bar_width=None), TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)))
+            self._bar = Bar(*columns, console=self.console, expand=True)
+            self._task = self._bar.add_task("training", total=total, text="starting")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -48,18 +50,31 @@ class Progress:
 
     def validated(self, val_loss: float, val_bpb: float) -> None:
         """The latest validation, shown from here on."""
-        self._val = f"  val {val_loss:.3f}  {val_bpb:.3f} bits/byte"
+        self._val = f"val {val_loss:.3f}", f"{val_bpb:.3f} bits/byte"
 
     def update(self, line: dict[str, Any]) -> None:
         """Show one line of training metrics."""
         done = line["seconds"] if self.timed else line["step"]
         left = _clock(self.total - done if self.timed else (self.total - done) * line["tokens"] / line["step"] / line["tokens_per_second"])
-        text = f"step {line['step']}  loss {line['loss']:.3f}{self._val}  {line['tokens_per_second']:,.0f} tokens/s  {left} left"
+        parts = [f"step {line['step']}", f"loss {line['loss']:.3f}", *(self._val or ())]
+        parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+        if line.get("mfu") is not None:
+            parts.append(f"mfu {line['mfu']:.1%}")
+        parts.append(f"{left} left")
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=text)
+            self._bar.update(self._task, completed=done, text=fitting(parts, self.console.width - LEAST_BAR))
         elif time.monotonic() - self._last_line > PLAIN_EVERY_SECONDS or done >= self.total:
             self._last_line = time.monotonic()
-            self.say(text)
+            self.say("  ".join(parts))
+
+
+def fitting(parts: list[str], width: int) -> str:
+    """As many of the parts as fit into a width, two blanks between; what the line can best do without goes first."""
+    for dispensable in ("bits/byte", "mfu", "tokens/s", "val", "left"):
+        if len("  ".join(parts)) <= width:
+            break
+        parts = [part for part in parts if dispensable not in part.split()]
+    return "  ".join(parts)
 
 
 def say(text: str) -> None:
