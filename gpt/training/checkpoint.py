@@ -1,33 +1,37 @@
-"""Checkpoints: written aside, flushed, renamed last; read only if whole.
+"""Checkpoints: what they hold, which there are, whether one is whole, and how a run goes on from one.
 
-    checkpoints/step-00001000/model.safetensors  optimizer/state.safetensors  state.json  data_manifest.json  COMPLETE
+    checkpoints/step-00001000/model.safetensors  optimizer/state.safetensors  [ema.safetensors]  state.json  data_manifest.json  COMPLETE
 
+Tensors are whole and go by their parameter's name, however many processes shared them, so a run may go on in another layout.
 COMPLETE lists every file with its size and SHA-256, so a checkpoint that was cut short or damaged is known as such and the
-newest whole one is used. No pickle is written or read.
+newest whole one is used. `checkpoint_writer` writes them. No pickle is written or read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gpt.errors import UserError
 from gpt.model.transformer import GPT
+from gpt.model.weight_files import TensorHeader, read_tensors
 
-MANIFEST = "data_manifest.json"
-_NAME = re.compile(r"step-(\d{8})$")
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+WEIGHTS, OPTIMIZER, EMA = "model.safetensors", "optimizer/state.safetensors", "ema.safetensors"
+STATE, MANIFEST, COMPLETE = "state.json", "data_manifest.json", "COMPLETE"
+REPLACED = ".replaced"
+_NAME = re.compile(r"step-(\d{8,})$|\.step-(\d{8,})\.replaced$")
 
 
 @dataclass
@@ -44,6 +48,8 @@ class TrainingState:
     best_step: int | None = None
     validated_step: int = 0
     """The last step that was validated."""
+    val_loss: float | None = None
+    """Loss of that validation."""
     skipped_steps: int = 0
     """Steps left out because loss or gradient was not finite."""
     skipped_in_a_row: int = 0
@@ -56,62 +62,24 @@ class TrainingState:
     """Where a source that is read as it comes stands."""
 
 
-def save_checkpoint(
-    directory: Path,
-    model: GPT,
-    optimizers: Sequence[torch.optim.Optimizer],
-    state: TrainingState,
-    keep_last: int,
-    manifest: dict[str, Any] | None = None,
-) -> Path:
-    """Save a checkpoint, then remove old ones beyond the newest `keep_last` and the best.
-
-    Args:
-        directory: the run's checkpoints/ folder.
-        model, optimizers, state: what to save.
-        keep_last: how many to keep.
-        manifest: what the weights were trained on, kept beside them.
-
-    Raises:
-        OSError: it could not be written (disk full, not writable); earlier checkpoints are as they were.
-    """
-    path = directory / f"step-{state.step:08d}"
-    aside = directory / f".{path.name}.{os.getpid()}"
-    directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(".step-*"):  # of a process that was killed while writing
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        (aside / "optimizer").mkdir(parents=True)
-        save_file(model_tensors(model), aside / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizers), aside / "optimizer" / "state.safetensors")
-        (aside / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        if manifest is not None:
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        contents = {p.relative_to(aside).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        (aside / "COMPLETE").write_text(json.dumps(contents, indent=1))
-        for file in (*files, aside / "COMPLETE", aside / "optimizer", aside):
-            _flush(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(aside, path)
-        _flush(directory)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    found = list_checkpoints(directory)
-    for step, old in found[: -keep_last or None]:
-        if step != state.best_step:
-            shutil.rmtree(old, ignore_errors=True)
-    return path
+def checkpoint_name(step: int) -> str:
+    """Of the folder that holds the checkpoint of a step."""
+    return f"step-{step:08d}"
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint folder, oldest first, whole or not."""
     if not directory.is_dir():
         return []
-    return sorted((int(match[1]), path) for path in directory.iterdir() if (match := _NAME.match(path.name)))
+    found: dict[int, Path] = {}
+    for path in directory.iterdir():
+        if match := _NAME.match(path.name):
+            # One whose process was killed while a new checkpoint of the same step took its place counts until that one is there.
+            if match[1]:
+                found[int(match[1])] = path
+            else:
+                found.setdefault(int(match[2]), path)
+    return sorted(found.items())
 
 
 def newest_whole(directory: Path, say: Callable[[str], None]) -> Path | None:
@@ -126,52 +94,73 @@ def newest_whole(directory: Path, say: Callable[[str], None]) -> Path | None:
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        contents: dict[str, Any] = json.loads((path / "COMPLETE").read_text())
+        contents = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return "COMPLETE is missing or unreadable"
-    for name, expected in contents.items():
+        return f"{COMPLETE} is missing or unreadable"
+    try:
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents.items()}
+    except (AttributeError, KeyError, TypeError):
+        return f"{COMPLETE} is damaged"
+    if missing := {WEIGHTS, OPTIMIZER, STATE} - expected.keys():
+        return f"{COMPLETE} does not list {min(missing)}"
+    for name, (size, digest) in expected.items():
         file = path / name
-        size = file.stat().st_size if file.is_file() else -1
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes, not {expected['bytes']}" if size >= 0 else f"{name} is missing"
-        if _sha256(file) != expected["sha256"]:
-            return f"{name} is damaged"
+        found = file.stat().st_size if file.is_file() else -1
+        if found != size:
+            return f"{name} has {found} bytes, not {size}" if found >= 0 else f"{name} is missing"
+        try:
+            if _sha256(file) != digest:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
-def load_checkpoint(path: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> TrainingState:
+def read_state(path: Path) -> TrainingState:
+    """Where the run stood at a checkpoint; what an older one does not say is at its default.
+
+    Raises:
+        UserError: it says what this version does not know.
+    """
+    stored: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if unknown := stored.keys() - {field.name for field in fields(TrainingState)}:
+        raise UserError(f"{path / STATE} has the field {min(unknown)}, which this version of gpt does not know; use the one that wrote it")
+    return TrainingState(**stored)
+
+
+def load_checkpoint(
+    path: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer], ema: Mapping[str, Tensor] | None = None
+) -> TrainingState:
     """Load weights and optimizer state in place and return where the run stood.
+
+    Every process reads the files and takes its own part of each tensor; none waits for another. State that an optimizer does not have
+    yet gets the layout of its parameter. State of parameters that no longer train is left out.
+
+    Args:
+        path: of a whole checkpoint, the same for all processes.
+        model, optimizers: as they will train.
+        ema: moving average of the weights, by the parameters' names, to load too; without one in the checkpoint it becomes the weights.
 
     Raises:
         UserError: the checkpoint is of another model or optimizer.
     """
-    load_weights(path, model)
-    stored = load_file(path / "optimizer" / "state.safetensors")
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                prefix = f"{names[p]}|"
-                found = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-                if found:
-                    optimizer.state[p] = {k: v.to(p.device) for k, v in found.items()}
-    return TrainingState(**json.loads((path / "state.json").read_text()))
+    reshard(model)
+    weights = model_tensors(model)
+    _load(path / WEIGHTS, weights)
+    if ema is not None:
+        _load(path / (EMA if (path / EMA).is_file() else WEIGHTS), ema)
+    _load_optimizers(path / OPTIMIZER, model, optimizers)
+    return read_state(path)
 
 
 def load_weights(path: Path, model: GPT) -> None:
-    """Load a checkpoint's weights into a model of the same config.
+    """Load the weights to use into a model of the same config: the moving average where the checkpoint has one, else those trained.
 
     Raises:
         UserError: names or shapes differ.
     """
-    tensors = load_file(path / "model.safetensors")
-    own = model_tensors(model)
-    differing = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
-    if differing:
-        raise UserError(f"{path} holds another model than the config describes: {differing[0]} differs")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    reshard(model)
+    _load(path / (EMA if (path / EMA).is_file() else WEIGHTS), model_tensors(model))
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -179,25 +168,105 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def _optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """`<parameter>|<state>` -> tensor."""
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """`<parameter>|<state>` -> tensor, in an order that is the same in every process."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     found: dict[str, Tensor] = {}
-    for optimizer in optimizers:
-        for p, states in optimizer.state.items():
-            found |= {f"{names[p]}|{key}": value for key, value in states.items()}
+    for optimizer, _, p in _trained(optimizers):
+        for key, value in sorted(optimizer.state.get(p, {}).items()):
+            assert isinstance(value, Tensor), f"{type(optimizer).__name__} keeps {key} as a {type(value).__name__}"
+            found[f"{names[p]}|{key}"] = value
     return found
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor. Without a process group none is, and importing the class takes a second."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what fully_shard has gathered: after a forward pass alone, the outermost parameters are whole ones, not those that train."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _trained(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], Tensor]]:
+    """Every parameter that an optimizer updates, with its group."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                yield optimizer, group, p
+
+
+def _load(file: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fill tensors from a file that holds just these."""
+    headers = {header.name: header for header in _headers(file)}
+    differing = sorted(targets.keys() ^ headers.keys()) or [n for n, t in targets.items() if tuple(t.shape) != headers[n].shape]
+    if differing:
+        raise UserError(f"{file.parent} holds another model than the config describes: {differing[0]} differs")
+    for header, tensor in read_tensors(headers.values()):
+        _fill(targets[header.name], tensor)
+
+
+def _load_optimizers(file: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Give every optimizer exactly the state that the file has of its parameters."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    stored: dict[Tensor, dict[str, TensorHeader]] = {p: {} for p in parameters.values()}
+    for header in _headers(file):
+        name, _, key = header.name.rpartition("|")
+        if name not in parameters:
+            raise UserError(f"{file.parent.parent} holds another model than the config describes: {name} differs")
+        stored[parameters[name]][key] = header
+    for optimizer, group, p in _trained(optimizers):
+        states = optimizer.state[p] if stored[p] else optimizer.state.pop(p, {})
+        for key in states.keys() - stored[p].keys():
+            del states[key]
+        for header, tensor in read_tensors(stored[p].values()):
+            key = header.name.rpartition("|")[2]
+            if key not in states:
+                states[key] = _new_state(p, group, tensor)
+            elif states[key].shape != tensor.shape:
+                raise UserError(f"{file.parent.parent} holds another optimizer's state than the config describes: {header.name} differs")
+            _fill(states[key], tensor)
+
+
+def _new_state(p: Tensor, group: Mapping[str, Any], like: Tensor) -> Tensor:
+    """Room for a state of a parameter: one of its shape gets its layout; a count of steps lies where torch's optimizers want it."""
+    if like.shape == p.shape:
+        return torch.empty_like(p, dtype=like.dtype, requires_grad=False)
+    on_device = like.dim() or group.get("fused") or group.get("capturable")
+    return torch.empty_like(like, device=p.device if on_device else "cpu")
+
+
+def _fill(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, or of it the part that this process holds."""
+    with torch.no_grad():
+        if is_sharded(target):
+            from torch.distributed.tensor import distribute_tensor
+
+            part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+            target.to_local().copy_(part.to_local())
+        else:
+            target.copy_(whole)
+
+
+def _headers(file: Path) -> list[TensorHeader]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return [TensorHeader(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}); use another checkpoint of the run") from error
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make sure a file or folder has reached the disk before the rename that makes it count."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

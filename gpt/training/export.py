@@ -17,7 +17,7 @@ from gpt.config import RunConfig
 from gpt.data.config import SourceConfig
 from gpt.errors import UserError
 from gpt.inference.loading import Loaded, load_model
-from gpt.training.checkpoint import TrainingState
+from gpt.training.checkpoint import STATE, TrainingState, read_state
 from gpt.training.metrics import read_metrics
 from gpt.training.report import Summary
 
@@ -71,8 +71,8 @@ def _card(loaded: Loaded) -> str | None:
     config, lines = load_run(loaded.run), read_metrics(loaded.run / "metrics.jsonl")
     losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     name = loaded.run.resolve().name
-    if (file := loaded.directory / "state.json").is_file():
-        state = TrainingState(**json.loads(file.read_text(encoding="utf-8")))
+    if (loaded.directory / STATE).is_file():
+        state = read_state(loaded.directory)
         loss, name = losses.get(state.step), f"{name}, step {state.step}"
     else:  # model/ of a run whose card was removed
         state = TrainingState(step=max(losses, default=0), tokens=max((line.get("tokens", 0) for line in lines), default=0))

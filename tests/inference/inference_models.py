@@ -16,7 +16,9 @@ from gpt.inference.decode import generate_tokens
 from gpt.inference.sampling import Sampling
 from gpt.model.config import GPTConfig
 from gpt.model.transformer import GPT
-from gpt.training.checkpoint import TrainingState, save_checkpoint
+from gpt.training.checkpoint import TrainingState
+from gpt.training.checkpoint_retention import Retention
+from gpt.training.checkpoint_writer import CheckpointWriter
 
 VOCAB = 61
 GREEDY = Sampling(temperature=0)
@@ -97,8 +99,10 @@ def make_run(run: Path, steps: tuple[int, ...] = (3, 7)) -> dict[int, GPT]:
     (run / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
     byte_tokenizer().save(run / "tokenizer.json")
     models = {}
+    writer = CheckpointWriter(run / "checkpoints", Retention(keep_last=9))
     for step in steps:
         torch.manual_seed(step)
         models[step] = GPT(config.model)
-        save_checkpoint(run / "checkpoints", models[step], [], TrainingState(step=step), keep_last=9)
+        writer.save(models[step], [], TrainingState(step=step))
+        writer.wait()
     return models
