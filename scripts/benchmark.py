@@ -109,7 +109,7 @@ def step() -> None:
         model.tie()
         if compiled:
             compile_model(model, loss)
-        optimizers = build_optimizers(config.optimizer, model)
+        optimizers = build_optimizers(config.optimizer, model, DEVICE.dtype)
 
         def run() -> None:
             with DEVICE.autocast():

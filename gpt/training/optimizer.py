@@ -6,86 +6,90 @@ keeps its own peak, so the ratio between groups never changes.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.adamw import adamw
+
+from gpt.training.gradients import local_part
+from gpt.training.muon import Muon
 
 if TYPE_CHECKING:
     from gpt.config import OptimizerConfig
 
-# Coefficients of the quintic Newton-Schulz iteration (Jordan et al., 2024): five steps bring every singular value of a
-# matrix of Frobenius norm 1 to about 1.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices with orthonormal rows (or columns), approximately.
+class AdamW(torch.optim.Optimizer):
+    """torch's fused AdamW (Loshchilov & Hutter, 2019), which scales gradients and leaves steps out as it goes, on local shards.
 
     Args:
-        matrices: (M, rows, columns), a batch of equal shapes; computed in bf16.
-        steps: Newton-Schulz iterations.
-
-    Returns:
-        (M, rows, columns) bf16; singular values between about 0.7 and 1.2, but for those that were almost 0.
-    """
-    a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al., "Muon", 2024), over matrices of equal shape at once.
-
-    The update is scaled by 0.2 sqrt(max(rows, columns)), which gives it AdamW's root mean square (Liu et al., "Muon is
-    scalable for LLM training", 2025), so learning rates and weight decay carry over between shapes and from AdamW.
-
-    Args:
-        params: matrices (2-D), or groups of them.
+        params: plain tensors or DTensors, contiguous, or groups of them.
         lr: peak learning rate.
-        momentum: decay of the gradient average; Nesterov.
+        betas: decay of the averages of gradients and of their squares.
+        eps: added to the denominator.
         weight_decay: decoupled, multiplied by the learning rate.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.01, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update every matrix that has a gradient. `closure` is not supported."""
+    def step(self, closure: Any = None, *, scale: Tensor | None = None, apply: Tensor | None = None) -> Any:
+        """Update every parameter that has a gradient; what is left in the gradients is not to be read.
+
+        Args:
+            closure: not supported.
+            scale: () fp32, what gradients are multiplied by; None: 1.
+            apply: () fp32, 1 or 0; where it is 0, parameters and state stay as they are to the bit, whatever the gradients. None: 1.
+        """
         assert closure is None
+        divisor = None if scale is None else scale.reciprocal()
+        left_out = None if apply is None else 1 - apply
         for group in self.param_groups:
-            buckets: dict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    buckets[p.shape, p.device].append(p)
-            for (shape, _), params in buckets.items():
-                self._update(params, group["lr"] * 0.2 * max(shape) ** 0.5, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    step = torch.zeros((), dtype=torch.float32, device=p.device)
+                    self.state[p] |= {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            # The fused kernel of a CPU reads a gradient's memory in order, whatever its strides.
+            gradients = [local_part(p.grad).contiguous() for p in params]
+            if params[0].device.type == "mps":  # whose kernel takes both and heeds neither
+                if left_out is not None and left_out.item():
+                    return
+                if scale is not None:
+                    torch._foreach_mul_(gradients, scale)
+                divisor = left_out = None
+            weights, averages, squares = (
+                [local_part(t) for t in tensors]
+                for tensors in (params, *([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq")))
+            )
+            adamw(
+                weights, gradients, averages, squares, [], [self.state[p]["step"] for p in params],
+                fused=True, grad_scale=divisor, found_inf=left_out, amsgrad=False, maximize=False, lr=group["lr"],
+                beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
+            )  # fmt: skip
 
-    def _update(self, params: list[Tensor], rate: float, group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in params if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum"] for p in params]
-        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
-        updates = orthogonalise(torch.stack(ahead)).to(params[0].dtype)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.unbind()), alpha=-rate)
 
+def build_optimizers(config: OptimizerConfig, model: nn.Module, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> list[Muon | AdamW]:
+    """The optimizers over every trainable parameter of `model`, each parameter in exactly one.
 
-def build_optimizers(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimizers over every trainable parameter of `model`, each parameter in exactly one."""
+    Args:
+        config: which, and their settings.
+        model: as it trains: already sharded, where it is.
+        dtype: of the matrix products within an optimizer; parameters and state are what they are, fp32.
+        mesh: the ranks that hold the same parameters, or shards of them, over which Muon's work is divided; None: one process.
+    """
     muon: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -96,22 +100,23 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module) -> list[torch.op
             muon.append(p)
         else:
             (decayed if p.dim() >= 2 else plain).append(p)
-    optimizers: list[torch.optim.Optimizer] = []
-    lr = config.lr
+    optimizers: list[Muon | AdamW] = []
+    lr, weight_decay = config.lr, config.weight_decay
+    if config.name == "muon":
+        lr, weight_decay = config.adam_lr, config.adam_weight_decay
     if muon:
-        optimizers.append(Muon(muon, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
-        lr = config.adam_lr
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        optimizers.append(Muon(muon, config.lr, config.momentum, config.weight_decay, dtype, mesh))
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [g for g in groups if g["params"]]
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True))
+        optimizers.append(AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
     """Set every group's learning rate to `factor` (0 to 1, from the schedule) of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
