@@ -18,6 +18,7 @@ from typing import Any
 
 from gpt import __version__
 from gpt.commands import COMMANDS
+from gpt.config import RunConfig
 from gpt.errors import UserError, exit_code_of
 
 # Where each command is carried out: imported when it is, since most need torch.
@@ -31,7 +32,7 @@ _RUNS = {
     "inspect": "gpt.inspection.command:inspect",
     "inspect tokens": "gpt.inspection.command:inspect_tokens",
 }
-FLAGS = ("--help", "--cfg", "--config-dir", "--version")
+FLAGS = ("--help", "--cfg", "--config-dir", "--multirun", "-m", "--version")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,23 +78,31 @@ def _dispatch(arguments: list[str]) -> int:
         of, _, word = longer.partition(" ")
         if of == command and word and rest and nearest(rest[0], [word]):
             raise UserError(f"{command} {rest[0]}: no such command. Did you mean gpt {longer}?")
-    rest, config_dir, show = _options(rest)
+    rest, config_dir, show, multirun = _options(rest)
     if config_dir and not COMMANDS[command].root:
         raise UserError(f"--config-dir {config_dir}: gpt {command} has no config groups")
     if wants_help:
         print(help_text.command(command, config_dir))
         return 0
+    if multirun:
+        if COMMANDS[command].config is not RunConfig:
+            raise UserError(f"-m: gpt {command} has no sweeps; they are of gpt pretrain and gpt finetune")
+        from gpt.sweep import sweep
+
+        return sweep(command, rest, config_dir, show)
     return _run_command(command, rest, config_dir, show)
 
 
-def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
-    """Split off --config-dir DIR and --cfg; what remains is key=value."""
+def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool, bool]:
+    """Split off --config-dir DIR, --cfg and -m; what remains is key=value."""
     rest: list[str] = []
-    config_dir, show = None, False
+    config_dir, show, multirun = None, False, False
     iterator = iter(arguments)
     for argument in iterator:
         if argument == "--cfg":
             show = True
+        elif argument in ("-m", "--multirun"):
+            multirun = True
         elif argument == "--config-dir" or argument.startswith("--config-dir="):
             value = argument.partition("=")[2] or next(iterator, "")
             if not value:
@@ -106,15 +115,20 @@ def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
             raise UserError(f"{argument}: no such flag{plain or nearest_and_all(argument, FLAGS)}")
         else:
             rest.append(argument)
-    return rest, config_dir, show
+    return rest, config_dir, show, multirun
 
 
 def _run_command(command: str, arguments: list[str], config_dir: Path | None, show: bool) -> int:
-    from gpt.compose import compose_run, compose_use
-    from gpt.config import RunConfig
+    from gpt.compose import compose_run, compose_use, sweep_values
 
     trains = COMMANDS[command].config is RunConfig
-    config: Any = (compose_run if trains else compose_use)(command, arguments, config_dir)
+    try:
+        config: Any = (compose_run if trains else compose_use)(command, arguments, config_dir)
+    except UserError as error:
+        wrong = [a for a in arguments if str(error).startswith(f"{a}:") and len(sweep_values(a, config_dir)) > 1] if trains else []
+        if wrong:
+            raise UserError(f"{str(error).rstrip('.')}{'' if str(error).endswith('?') else '.'} Add -m for a run of each value") from error
+        raise
     if show:
         import yaml
 

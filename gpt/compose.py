@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import typing
@@ -23,6 +24,8 @@ from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_k
 
 # What each command calls the run or the model that it works on.
 _MODEL_KEYS = {"generate": "model", "evaluate": "model", "inspect": "model", "inspect tokens": "model", "export": "run", "finetune": "init"}
+MOST_RUNS = 1000  # of a sweep: more is a slip
+_OF_THE_SWEEP = ("run.id", "run.dir", "resume")  # the same for all its runs, word for word
 
 
 def config_directory() -> Path:
@@ -260,7 +263,7 @@ def _option(group: str, text: str, options: list[str], optional: bool) -> str | 
     if optional and text == "null":
         return None
     if "," in text and all(part in options for part in text.split(",")):
-        raise UserError(f"{group}={text}: must be one option; start a run for each")
+        raise UserError(f"{group}={text}: must be one option")
     raise UserError(f"{group}={text}: no such option{nearest_and_all(text, options)}")
 
 
@@ -285,8 +288,63 @@ def _value(key: str, text: str, hint: Any) -> Any:
         written = "[{name: value, name: value}, {name: value}]" if sections else "['first text', 'second text']"
         raise UserError(f"{key}={text}: cannot be read as a list; it is written {written}") from error
     if override.is_sweep_override():
-        raise UserError(f"{key}={text}: must be one value; start a run for each")
+        raise UserError(f"{key}={text}: must be one value")
     return override.value()
+
+
+def sweep_values(argument: str, config_dir: Path | None = None) -> list[str]:
+    """What a `key=a,b` stands for in a sweep of training runs, as one `key=value` each; all but a sweep stands for itself.
+
+    Hydra's grammar says what is a sweep: `a,b`, `range(1,4)`, `choice(a,b)`, and `glob(gpt*)` for the options of a group. Characters
+    outside of it, as in `~/a,~/b`, are taken as they are. A text with a comma of its own is put in quotes.
+
+    Raises:
+        UserError: it stands for nothing, for too much, or a value is missing beside a comma.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob, QuotedString, Transformer
+    from hydra.errors import HydraException
+
+    key, _, text = argument.partition("=")
+    keys, options = schema_keys(RunConfig), groups(config_dir)
+    if key in _OF_THE_SWEEP or key not in (*keys, *options) or not any(character in text for character in ",("):
+        return [argument]
+    hint = keys.get(key)
+    verbatim = key in options or hint is str or str in get_args(hint)  # a list reads a text without brackets so, too
+
+    def written(element: Any) -> str:
+        if isinstance(element, bool):
+            return str(element).lower()
+        if verbatim and isinstance(element, (str, QuotedString)):
+            return element.text if isinstance(element, QuotedString) else element
+        return Transformer.str(element)
+
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except (HydraException, ValueError, RecursionError) as error:
+        if "," not in text or any(character in text for character in "[](){}'\"\\"):
+            return [argument]  # which is refused, with its reason, where it cannot be read
+        values = [part.strip() for part in text.split(",")]
+        if "" in values:
+            raise UserError(f"{argument}: a value is missing beside a comma") from error
+        return [f"{key}={value}" for value in values]
+    value = override.value()
+    if override.is_interval_sweep():
+        raise UserError(f"{argument}: an interval has no end of values; write range(start,stop,step), or the values with commas")
+    if isinstance(value, Glob):
+        values = value.filter(options.get(key, []))
+    elif override.is_sweep_override():
+        try:
+            values = [written(element) for element in itertools.islice(override.sweep_iterator(), MOST_RUNS + 1)]
+        except (HydraException, ValueError) as error:
+            raise UserError(f"{argument}: cannot be counted; it is written range(start,stop,step), with a step that is not 0") from error
+    elif verbatim and get_origin(hint) is not list and isinstance(value, str) and text[:1] in ("'", '"'):
+        values = [value]
+    else:
+        return [argument]
+    if not values:
+        raise UserError(f"{argument}: stands for no value{'. There are: ' + ', '.join(options[key]) if key in options else ''}")
+    return [f"{key}={value}" for value in values]
 
 
 def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[str, Any], schema: type, root: str) -> dict[str, Any]:

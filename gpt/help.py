@@ -26,12 +26,14 @@ EXAMPLES = {
         ("gpt pretrain model.n_layer=8 train.budget=10Mtokens", "a deeper model, for longer"),
         ("gpt pretrain experiment=quick device=cpu", "half a minute, to see every part work"),
         ("gpt pretrain resume=runs/<id>", "continue a run that was stopped"),
+        ("gpt pretrain -m optimizer.lr=0.003,0.01 model=nano,gpt2-mini", "every combination, one table"),
     ],
     "finetune": [
         ("gpt finetune init=runs/<id>", "teach it to write the first line of docstrings"),
         ("gpt finetune init=<folder> data=jsonl data.paths=[chats.jsonl]", "rows of {prompt, completion}, {messages} or {text}"),
         ("gpt finetune init=<folder> data=jsonl data.paths=[qa.jsonl] data.fields.prompt=question", "with fields of other names"),
         ("gpt finetune init=runs/<id> data=stdlib_topics", "on plain text of another kind"),
+        ("gpt finetune -m init=runs/<id> seed=1,2,3 optimizer.lr=1e-4,3e-4", "every combination, one table"),
     ],
     "generate": [
         ('gpt generate model=runs/<id> prompt="import " max_tokens=200 temperature=0.8 top_k=50', "continue a prompt"),
@@ -72,7 +74,8 @@ def overview() -> str:
         "gpt: train GPT models and write with them.\n\nusage: gpt <command> [key=value ...]\n\n"
         f"commands:\n{rows}\n\n"
         "flags:\n  --help             what a command can be told\n  --cfg              print the composed config and exit\n"
-        "  --config-dir DIR   a folder of your own with more options for the config groups\n  --version"
+        "  --config-dir DIR   a folder of your own with more options for the config groups\n"
+        "  -m, --multirun     pretrain, finetune: a run for each combination of key=a,b,c\n  --version"
     )
 
 
