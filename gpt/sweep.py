@@ -407,7 +407,8 @@ def _report(plan: Sweep) -> None:
 
     rows = ranked(plan)
     table = format_table(plan, rows)
-    print(f"\n{table}", flush=True)
+    _say("")
+    print(table, flush=True)
     begun = [run.path for run, _ in rows if (run.path / "metrics.jsonl").is_file()]
     try:
         plan.file(".txt").write_text(table + "\n", encoding="utf-8")

@@ -203,7 +203,7 @@ BAD_INPUT = {
     "pretrain train.budget=1min,2min": ("train.budget=1min,2min", "500steps", "Add -m"),
     "pretrain train.budget=5stepps,6steps -m": ("train.budget=5stepps", "5steps?", "combination 1 of 2"),
     "pretrain -m": ("-m", "nothing to sweep", "optimizer.lr=0.003,0.01"),
-    "pretrain -m seed=1 data.paths=[a,b]": ("-m", "nothing to sweep"),
+    "pretrain -m seed=1 data=text data.paths=[a,b]": ("-m", "nothing to sweep"),
     "pretrain -m seed=1, model=nano": ("seed=1,", "missing"),
     "pretrain -m seed=range(3,1)": ("seed=range(3,1)", "no value"),
     "pretrain -m seed=range(1,3,0) model=nano,gpt2": ("seed=range(1,3,0)", "step"),
