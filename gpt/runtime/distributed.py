@@ -164,7 +164,9 @@ def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float)
         raise UserError(f"parallel=none is one process, and {size} were started; add parallel=ddp or parallel=fsdp")
     for key, divisor in (("parallel.tensor", config.tensor), ("parallel.replicate", config.tensor * config.replicate)):
         if size % divisor:
-            raise UserError(f"{key}={getattr(config, key.partition('.')[2])} does not divide the {size // config.tensor} processes that are left")
+            raise UserError(
+                f"{key}={getattr(config, key.partition('.')[2])} does not divide the {size // config.tensor} processes that are left"
+            )
     for name in ("torch.distributed.tensor", "torch.distributed._functional_collectives"):
         logging.getLogger(name).setLevel(logging.ERROR)  # how DTensors are sent could be faster on gloo, each process warns
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))

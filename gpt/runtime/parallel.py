@@ -199,4 +199,3 @@ def sum_partial_gradients(model: GPT, world: World) -> None:
             if norm is not None and norm.weight.grad is not None:
                 gradient = norm.weight.grad
                 dist.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, group=world.mesh["tensor"].get_group())
-

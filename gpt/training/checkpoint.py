@@ -50,9 +50,22 @@ class TrainingState:
     """The last step that was validated."""
     val_loss: float | None = None
     """Loss of that validation."""
+    batch: int = 0
+    """Batches drawn: one for each step done, and for each that was undone after a loss spike."""
     skipped_steps: int = 0
-    """Steps left out because loss or gradient was not finite."""
+    """Steps left out because loss or gradient was not finite, or the loss a spike."""
     skipped_in_a_row: int = 0
+    spikes: int = 0
+    """Steps whose loss was a spike."""
+    rewinds: int = 0
+    """How often the run went back to a checkpoint after a spike."""
+    loss_mean: float = 0.0
+    """Moving average of the loss, by which a spike is told."""
+    loss_variance: float = 0.0
+    losses: int = 0
+    """That are in the two."""
+    averaged: int = 0
+    """Updates of the moving average of the weights."""
     interval_loss: float = 0.0
     """Sum of the losses since the last line of metrics."""
     interval_steps: int = 0

@@ -34,9 +34,7 @@ def largest_that_fits(attempt: Callable[[int], None], sizes: list[int]) -> int:
         attempt(batch_size)
         return batch_size
 
-    find = find_executable_batch_size(
-        try_size, starting_batch_size=next(remaining), reduce_batch_size_fn=lambda: next(remaining, 0)
-    )
+    find = find_executable_batch_size(try_size, starting_batch_size=next(remaining), reduce_batch_size_fn=lambda: next(remaining, 0))
     try:
         return find()  # type: ignore[call-arg]
     except RuntimeError as error:

@@ -17,20 +17,21 @@ class Progress:
     Args:
         total: steps of the run, or seconds if `timed`.
         timed: whether the run's length is a time.
+        quiet: show nothing: another process does.
     """
 
-    def __init__(self, total: float, timed: bool) -> None:
+    def __init__(self, total: float, timed: bool, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
         from rich.table import Column
 
         self.total, self.timed = total, timed
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._last_line = 0.0
         self._val: tuple[str, str] | None = None
         self._bar = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             columns = (BarColumn(bar_width=None), TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)))
             self._bar = Bar(*columns, console=self.console, expand=True)
             self._task = self._bar.add_task("training", total=total, text="starting")

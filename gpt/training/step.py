@@ -21,7 +21,7 @@ from gpt.runtime.device import Device, widest_float
 from gpt.runtime.distributed import World
 from gpt.runtime.parallel import accumulating, sum_partial_gradients
 from gpt.training.clock import StepClock
-from gpt.training.gradients import gradient_norm, total_norm
+from gpt.training.gradients import gradient_norm
 from gpt.training.weight_average import WeightAverage
 
 # A loss is a spike if it is so many standard deviations above the mean of the latest ones, and so much in proportion (after OLMo-core's
@@ -167,7 +167,9 @@ class Step:
         for optimizer in self.optimizers:
             optimizer.step(scale=scale, apply=apply)
         if measure:
-            self.update_norm = total_norm([p.detach() - old for p, old in zip(self.trainable, before, strict=True)])
+            for p, old in zip(self.trainable, before, strict=True):
+                p.grad = p.detach() - old  # is measured as a gradient is, whatever the layout
+            self.update_norm = gradient_norm(self.trainable)
         if self.average is not None:
             self.average.update(apply)
         self.counts.add(loss, valid, apply, is_spike)

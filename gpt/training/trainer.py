@@ -50,7 +50,6 @@ from gpt.training.micro_batch import divisors, largest_that_fits
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.profile import Profiler
 from gpt.training.progress import Progress, say
-from gpt.training.report import LiveReport
 from gpt.training.results import write_results
 from gpt.training.resuming import run_to_continue
 from gpt.training.run_directory import RunDirectory, new_run_id
@@ -142,13 +141,20 @@ class Trainer:
                 f"share evenly (nearest: {math.ceil(self.sequences / world.data_size) * world.data_size * config.sequence_length})"
             )
         sizes = divisors(self.sequences // world.data_size, config.sequence_length)
-        self.micro_batch = sizes[0] if config.train.micro_batch == "auto" else min(config.train.micro_batch, self.sequences // world.data_size)
+        self.micro_batch = (
+            sizes[0] if config.train.micro_batch == "auto" else min(config.train.micro_batch, self.sequences // world.data_size)
+        )
         self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config))
         ahead = None
         if self.compiled and not world.is_divided:
             documents = config.on_examples or config.data.document_mask
             ahead = CompileAhead(
-                self.device, expected_model(config), self.micro_batch, config.sequence_length, documents, partial(prepare_blocks, config.train)
+                self.device,
+                expected_model(config),
+                self.micro_batch,
+                config.sequence_length,
+                documents,
+                partial(prepare_blocks, config.train),
             )
         checkpoint = world.share(self._checkpoint) if before is not None else None
         self.doing = "preparing the data"
@@ -283,7 +289,6 @@ class Trainer:
                 self.tracker = open_tracker(config.tracking, name, folder, config.to_dict(), state.step, self.progress.say)
                 if self.tracker is not None:
                     stack.callback(self.tracker.finish)
-                self.report = stack.enter_context(closing(LiveReport(folder)))
             profiler = Profiler(self.directory.path / "profile", self.device.type, self.say) if config.profile and world.is_main else None
             if profiler is not None:
                 stack.enter_context(closing(profiler))
@@ -407,8 +412,6 @@ class Trainer:
             self.metrics.write(line)
         if self.tracker is not None:
             self.tracker.log(line, line["step"])
-        if self.report is not None:
-            self.report.refresh()
 
     def _last_checkpoint(self) -> str:
         kept = list_checkpoints(self.directory.checkpoints)
@@ -469,7 +472,9 @@ class Trainer:
         self.writer.close()
         newest = self.world.share(lambda: newest_whole(self.directory.checkpoints, self.progress.say))
         if newest is None or state.rewinds == _MOST_REWINDS:
-            self.progress.say(f"loss spike at step {state.step}: left out ({'no checkpoint to go back to' if newest is None else 'too many'})")
+            self.progress.say(
+                f"loss spike at step {state.step}: left out ({'no checkpoint to go back to' if newest is None else 'too many'})"
+            )
             return
         averages = self.average.tensors() if self.average is not None else None
         before = load_checkpoint(newest, self.model, self.optimizers, averages)

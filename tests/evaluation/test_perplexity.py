@@ -1,5 +1,6 @@
 import math
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt.data.batches import Batch
 from gpt.data.loader import held_out_windows
 from gpt.data.shards import TokenArray
 from gpt.evaluation.perplexity import (
     HeldOutLoss,
     Windows,
     compressed_bits_per_byte,
-    held_out_loss,
+    score_batches,
     strided_loss,
     strided_windows,
     token_nll,
@@ -23,6 +25,7 @@ from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device
+from gpt.runtime.parallel import NextTokenLoss
 from tests.evaluation.conftest import CONTEXT, make_model
 
 V, T = 50, 16
@@ -44,13 +47,18 @@ def text() -> np.ndarray:
     return np.random.default_rng(0).integers(0, V, 7 * T + 5).astype(np.uint16)
 
 
+def total_loss(objective: NextTokenLoss, batch: Batch) -> torch.Tensor:
+    return objective(batch.tokens, batch.targets, batch.documents)
+
+
 def measure(
     model: GPT, text: np.ndarray, batch: int, starts: list[int] | None = None, dtype: torch.dtype = torch.float32, **settings
 ) -> HeldOutLoss | None:
     tokens = TokenArray(np.split(text, [20, 63]))
     where = held_out_windows(tokens, T) if starts is None else np.array(starts)
     loss, device = LinearCrossEntropy(dtype, chunk=24), Device("cpu", "CPU", dtype, None)
-    return held_out_loss(model, loss, window_batches(tokens, Windows(where, T), batch), BYTE_LENGTHS, device, **settings)
+    batches = window_batches(tokens, Windows(where, T), batch)
+    return score_batches(model, partial(total_loss, NextTokenLoss(model, loss)), batches, BYTE_LENGTHS, device, **settings)
 
 
 def reference(model: GPT, text: np.ndarray, starts: list[int]) -> tuple[float, int]:
@@ -217,7 +225,7 @@ def test_windows_without_overlap_are_those_of_training(rich_model):
     ids = np.random.default_rng(3).integers(0, V, 5 * CONTEXT + 1).astype(np.uint16)
     tokens, device = TokenArray([ids]), Device("cpu", "CPU", torch.float32, None)
     batches = window_batches(tokens, Windows(held_out_windows(tokens, CONTEXT), CONTEXT), 3)
-    trained = held_out_loss(rich_model, LinearCrossEntropy(), batches, BYTE_LENGTHS, device)
+    trained = score_batches(rich_model, partial(total_loss, NextTokenLoss(rich_model, LinearCrossEntropy())), batches, BYTE_LENGTHS, device)
     measured = strided(rich_model, ids, CONTEXT)
     assert trained is not None
     assert (measured.tokens, measured.bytes) == (trained.tokens, trained.bytes)

@@ -209,9 +209,13 @@ def test_any_number_of_processes_computes_what_one_does(n, alone, tmp_path):
         assert outcome.norms == pytest.approx(alone.norms, rel=1e-5, nan_ok=True), layout
         assert outcome.evaluated == pytest.approx(alone.evaluated, rel=1e-6), layout
         for name, weight in alone.weights.items():
-            torch.testing.assert_close(outcome.weights[name], weight, atol=1e-5, rtol=1e-5, msg=lambda m, n=name, at=layout: f"{n} {at} {m}")
+            torch.testing.assert_close(
+                outcome.weights[name], weight, atol=1e-5, rtol=1e-5, msg=lambda m, n=name, at=layout: f"{n} {at} {m}"
+            )
         for name, value in alone.averages.items():
-            torch.testing.assert_close(outcome.averages[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name, at=layout: f"{n} {at} {m}")
+            torch.testing.assert_close(
+                outcome.averages[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name, at=layout: f"{n} {at} {m}"
+            )
     for ours, torchs in result["norms"]:
         assert ours == pytest.approx(torchs, rel=1e-6)
 
