@@ -119,13 +119,15 @@ def sweep(command: str, arguments: Sequence[str], config_dir: Path | None = None
         again += [f"--config-dir={config_dir}"] if config_dir else []
         stopped_by = _run_all(plan)
         _report(plan)
+        asked = [run for run in plan.runs if run.config is not None]
+        unfinished = sum(run.state != "finished" for run in asked)
+        if not unfinished:
+            return 0
         if stopped_by:
             _say(f"interrupted; continue with: {shlex.join(again)}")
             return 128 + stopped_by
-        unfinished = sum(run.state != "finished" for run in plan.runs if run.config)
-        if unfinished:
-            _say(f"{unfinished} of {len(plan.runs)} runs did not finish; the same command tries them again: {shlex.join(again)}")
-        return 1 if unfinished else 0
+        _say(f"{unfinished} of {len(asked)} runs did not finish; the same command tries them again: {shlex.join(again)}")
+        return 1
 
 
 # Before the first run
@@ -416,7 +418,7 @@ def _report(plan: Sweep) -> None:
         if begun:
             title = f"{plan.id}: {', '.join(plan.runs[0].settings)}"
             _say(f"page:  {write_comparison(begun, plan.file('.html'), title)}")
-    except OSError as error:
+    except (OSError, UserError) as error:  # the runs are there, and `gpt runs` shows them
         _say(f"warning: the table or the page could not be written ({error})")
 
 

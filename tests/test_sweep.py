@@ -382,3 +382,8 @@ def test_a_sweep_of_which_all_is_there_ends_well(sweep, tmp_path):
     code, out, err = sweep("seed=1,2", "run.id=s")
     assert (code, err.count("finished before")) == (0, 2)
     assert states(out) == ["1 finished", "2 finished"]
+    (tmp_path / "runs" / "s.txt").unlink()
+    (tmp_path / "runs" / "s.txt").mkdir()
+    again, same, err = sweep("seed=1,2", "run.id=s")
+    assert (again, same) == (0, out), "the table is printed where it cannot be kept"
+    assert "could not be written" in err
