@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 QUEUE_LINES = 1000  # lines of metrics that wait for a slow tracker, before more are dropped
 FINISH_SECONDS = 20.0  # that a tracker has at the end to write what waits; mlflow makes its database for 10 of them
-
+WANDB_SECONDS = 15  # that wandb tries to connect, instead of 90: the process cannot end before
 TOLD_ONCE = ("tensorboard", "mlflow")  # the hyperparameters: one shows a second set as a second run, the other refuses what has changed
 
 
@@ -93,13 +93,14 @@ class Tracker:
         """Let the tracker write what waits and close it; after that many seconds it is left as it is. Further calls do nothing."""
         if self._closing:
             return
-        self._closing = True  # seen by the thread once nothing waits, should there be no room for the mark that ends it
-        with contextlib.suppress(queue.Full):
+        self._closing, waiting = True, self._lines.qsize()
+        with contextlib.suppress(queue.Full):  # without room for the mark that ends it, the thread sees that it is closing
             self._lines.put_nowait(None)
         self._thread.join(seconds)
         self._tell()
         if self._thread.is_alive():
-            self._say(f"tracking={self._name}: not done after {seconds:g} s, left out with {self._lines.qsize()} lines not written")
+            waiting = min(waiting, self._lines.qsize())
+            self._say(f"tracking={self._name}: not done after {seconds:g} s, left out with {waiting} lines not written")
         elif self._dropped:
             self._say(f"tracking={self._name}: {self._dropped} lines were dropped; metrics.jsonl has them all")
 
@@ -254,6 +255,7 @@ def _wandb(run: _Run) -> tuple[GeneralTracker, str]:
 
     wandb: Any = importlib.import_module("wandb")
     keyless = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
+    patience = float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_SECONDS))
     (run.directory / "wandb").mkdir(parents=True, exist_ok=True)  # else wandb writes to a temporary folder
     tracker = WandBTracker(
         run.project,
@@ -262,7 +264,7 @@ def _wandb(run: _Run) -> tuple[GeneralTracker, str]:
         dir=str(run.directory),
         resume=None if run.record.is_new else "allow",
         mode="offline" if keyless else None,
-        settings=wandb.Settings(console="off", silent=True),
+        settings=wandb.Settings(console="off", silent=True, init_timeout=patience),
     )
     tracker.start()
     if not tracker.tracker.offline:

@@ -18,34 +18,34 @@ PARTS = [f"time_{name}" for name in STEP_PARTS]
 
 
 def test_a_cpu_is_timed_by_the_host():
-    started = time.perf_counter()
+    before = time.perf_counter()
     clock = StepClock(CPU)
+    made = time.perf_counter()
     for _ in range(2):
         with clock.part("data"):
             time.sleep(0.01)
         for _ in range(2):  # micro-batches
             with clock.part("forward"):
-                time.sleep(0.01)
-            with clock.part("backward"):
                 time.sleep(0.02)
-        time.sleep(0.01)
+            with clock.part("backward"):
+                time.sleep(0.03)
+        time.sleep(0.02)
         clock.step()
     with clock.spend("evaluation"):
         time.sleep(0.03)
-    read = clock.read()
-    elapsed = time.perf_counter() - started
+    asked = time.perf_counter()
+    read, totals = clock.read(), clock.totals()
+    answered = time.perf_counter()
     assert list(read) == [*PARTS, "time_other"]
-    assert read["time_data"] == pytest.approx(0.01, rel=0.9)
-    assert read["time_forward"] == pytest.approx(0.02, rel=0.9)
-    assert read["time_backward"] == pytest.approx(0.04, rel=0.9)
+    least = {"time_data": 0.01, "time_forward": 0.04, "time_backward": 0.06, "time_optimizer": 0.0, "time_other": 0.02}
+    for name, seconds in least.items():
+        assert seconds <= read[name] <= seconds + (answered - before - 0.29) / 2 + 1e-6  # what all of it took longer than it slept
     assert read["time_optimizer"] == 0.0
-    assert read["time_other"] == pytest.approx(0.01, rel=0.9)
-    totals = clock.totals()
     assert list(totals) == [*STEP_PARTS, *BETWEEN_STEPS, "other"]
-    assert totals["forward"] == 2 * read["time_forward"]
+    assert totals["forward"] == pytest.approx(2 * read["time_forward"])
     assert totals["evaluation"] >= 0.03
-    assert 2 * sum(read.values()) + totals["evaluation"] == pytest.approx(elapsed, abs=0.005)
-    assert sum(totals.values()) == pytest.approx(elapsed, abs=0.005)
+    assert asked - made <= 2 * sum(read.values()) + totals["evaluation"] <= answered - before
+    assert asked - made <= sum(totals.values()) <= answered - before
 
 
 def test_reading_starts_anew_and_the_totals_go_on():
@@ -163,6 +163,7 @@ def steps(clock: StepClock, queue: Queue, number: int, between: Callable[[], Non
 def test_an_accelerator_is_timed_in_its_own_queue_and_waited_for_at_the_log_line_alone():
     queue = Queue()
     clock = StepClock(ACCELERATOR, queue.event)
+    started = time.perf_counter()
     steps(clock, queue, 3)
     assert queue.waits == 0
     assert queue.seconds == 0.0  # nothing has run yet, and nobody waited
@@ -170,7 +171,7 @@ def test_an_accelerator_is_timed_in_its_own_queue_and_waited_for_at_the_log_line
     read = clock.read()
     assert queue.waits == 1
     assert [read[name] for name in PARTS] == pytest.approx([0.0, 0.002, 0.004, 0.0005])
-    assert read["time_other"] == pytest.approx(0.05 / 3 - 0.0065, abs=0.005)
+    assert 0.05 <= 3 * (read["time_other"] + 0.0065) <= time.perf_counter() - started + 0.01  # of the time that passed here, what is left
     assert clock.totals()["backward"] == pytest.approx(0.012)
 
 
