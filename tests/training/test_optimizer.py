@@ -1,9 +1,13 @@
+import copy
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from gpt import GPT, GPTConfig
 from gpt.config import OptimizerConfig
-from gpt.training.optimizer import Muon, build_optimizers, orthogonalise, set_learning_rate
+from gpt.training.muon import NEWTON_SCHULZ, Muon, orthogonalise
+from gpt.training.optimizer import AdamW, build_optimizers, set_learning_rate
 
 
 def model() -> GPT:
@@ -11,19 +15,57 @@ def model() -> GPT:
     return GPT(GPTConfig(vocab_size=50, context_length=16, n_layer=2, n_head=2, d_model=32))
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 48), (2, 16, 64), (2, 64, 16)])
-def test_orthogonalised_matrices_have_singular_values_near_one(shape):
-    torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
-    assert values.min() > 0.6
-    assert values.max() < 1.3
+def reference(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz by the singular values of one matrix, each of which the polynomial maps alone, in fp64."""
+    u, values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / (values.norm() + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        values = a * values + b * values**3 + c * values**5
+    return u @ values.diag() @ vh
 
 
-def test_a_batch_is_orthogonalised_as_each_alone():
+def snapshot(optimizers, parameters) -> list[bytes]:
+    """Every bit of parameters and state."""
+    state = [t for o in optimizers for p in parameters if p in o.state for _, t in sorted(o.state[p].items())]
+    return [t.detach().numpy().tobytes() for t in (*parameters, *state)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 32, 48), (2, 16, 64), (2, 64, 16), (1, 1, 5), (0, 4, 4)])
+def test_a_batch_is_orthogonalised_as_each_matrix_alone_would_be_exactly(shape, dtype):
     torch.manual_seed(0)
-    batch = torch.randn(4, 24, 40)
-    alone = torch.stack([orthogonalise(m[None])[0] for m in batch])
-    torch.testing.assert_close(orthogonalise(batch).float(), alone.float(), atol=2e-2, rtol=0)
+    batch = torch.randn(shape)
+    done = orthogonalise(batch.to(dtype))
+    assert (done.dtype, done.shape) == (dtype, shape)
+    for matrix, ours in zip(batch, done, strict=True):
+        torch.testing.assert_close(ours.double(), reference(matrix), atol=1e-4 if dtype == torch.float32 else 0.06, rtol=0)
+        values = torch.linalg.svdvals(ours.float())
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
+def test_a_matrix_of_zeros_stays_one():
+    assert orthogonalise(torch.zeros(1, 4, 6)).abs().max() == 0
+
+
+def test_muon_is_momentum_decay_and_orthogonal_steps():
+    torch.manual_seed(0)
+    shapes = [(6, 8), (8, 6), (6, 8), (5, 5)]
+    ours = [nn.Parameter(torch.randn(s)) for s in shapes]
+    theirs, momenta = [p.detach().double() for p in ours], [torch.zeros(s, dtype=torch.float64) for s in shapes]
+    optimizer = Muon(ours, lr=0.03, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
+    for _ in range(6):
+        gradients = [torch.randn(s) for s in shapes]
+        for p, g in zip(ours, gradients, strict=True):
+            p.grad = 40 * g
+        optimizer.step(scale=torch.tensor(1 / 40))
+        for p, m, g in zip(theirs, momenta, gradients, strict=True):
+            m.mul_(0.9).add_(g, alpha=0.1)
+            update = reference(0.1 * g + 0.9 * m)
+            p.copy_(p * (1 - 0.03 * 0.2) - 0.03 * 0.2 * max(p.shape) ** 0.5 * update)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.double(), q, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32)])
@@ -52,7 +94,7 @@ def test_muon_agrees_with_torchs():
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(name):
     gpt = model()
-    optimizers = build_optimizers(OptimizerConfig(name=name, weight_decay=0.1), gpt)
+    optimizers = build_optimizers(OptimizerConfig(name=name, weight_decay=0.1), gpt, torch.float32)
     seen = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(seen) == len({id(p) for p in seen}) == len(list(gpt.parameters()))
     for optimizer in optimizers:
@@ -63,7 +105,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(name):
 
 def test_muon_takes_the_blocks_matrices_only():
     gpt = model()
-    muon, adamw = build_optimizers(OptimizerConfig(name="muon"), gpt)
+    muon, adamw = build_optimizers(OptimizerConfig(name="muon"), gpt, torch.float32)
     names = {p: n for n, p in gpt.named_parameters()}
     assert all(names[p].startswith("blocks.") and p.dim() == 2 for g in muon.param_groups for p in g["params"])
     assert gpt.embeddings.tokens.weight in {p for g in adamw.param_groups for p in g["params"]}
@@ -72,11 +114,121 @@ def test_muon_takes_the_blocks_matrices_only():
 def test_frozen_parameters_are_in_no_group():
     gpt = model()
     gpt.embeddings.requires_grad_(False)
-    seen = {p for o in build_optimizers(OptimizerConfig(), gpt) for g in o.param_groups for p in g["params"]}
+    seen = {p for o in build_optimizers(OptimizerConfig(), gpt, torch.float32) for g in o.param_groups for p in g["params"]}
     assert gpt.embeddings.tokens.weight not in seen
 
 
 def test_set_learning_rate_keeps_the_ratio():
-    optimizers = build_optimizers(OptimizerConfig(name="muon", lr=0.02, adam_lr=0.004), model())
+    optimizers = build_optimizers(OptimizerConfig(name="muon", lr=0.02, adam_lr=0.004), model(), torch.float32)
     set_learning_rate(optimizers, 0.5)
     assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx([0.01, 0.002, 0.002])
+
+
+def test_under_muon_the_other_matrices_have_a_weight_decay_of_their_own():
+    settings = {"weight_decay": 0.3, "adam_weight_decay": 0.05}
+    muon, adamw = build_optimizers(OptimizerConfig(name="muon", **settings), model(), torch.float32)
+    assert [g["weight_decay"] for g in (*muon.param_groups, *adamw.param_groups)] == [0.3, 0.05, 0.0]
+    (alone,) = build_optimizers(OptimizerConfig(name="adamw", **settings), model(), torch.float32)
+    assert [g["weight_decay"] for g in alone.param_groups] == [0.3, 0.0]
+
+
+def test_adamw_is_torchs_on_gradients_that_were_scaled_before():
+    torch.manual_seed(0)
+    start = [torch.randn(s) for s in [(7, 5), (33,), (1,)]]
+    ours, theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    a = AdamW(ours, lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    b = torch.optim.AdamW(theirs, lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, fused=True)
+    scale = torch.tensor(1 / 3)
+    for _ in range(10):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad * scale
+        a.step(scale=scale, apply=torch.ones(()))
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(a.state[p][key], b.state[q][key], atol=1e-7, rtol=1e-6)
+
+
+def test_a_gradient_that_lies_in_memory_by_columns_is_read_by_its_rows():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(4, 6), torch.randn(4, 6)
+    plain, turned = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    plain.grad, turned.grad = gradient.clone(), gradient.mT.contiguous().mT
+    for p in (plain, turned):
+        AdamW([p], lr=0.1).step()
+    assert torch.equal(plain, turned)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1.0])
+def test_a_step_that_is_left_out_leaves_no_trace(name, bad, dtype):
+    """Also as the very first one, also where a weight is -0, and whatever scale comes of such gradients."""
+    gpt = model()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.view(-1)[::7] = -0.0
+    twin = copy.deepcopy(gpt)
+    config = OptimizerConfig(name=name)
+    left_out, never_saw = (build_optimizers(config, m, dtype) for m in (gpt, twin))
+    for step in range(4):
+        if step != 1:  # bad ones before steps 0, 2 and 3
+            for p in gpt.parameters():
+                p.grad = torch.randn_like(p)
+                p.grad.view(-1)[::3] = bad
+            before = snapshot(left_out, list(gpt.parameters()))
+            for optimizer in left_out:
+                optimizer.step(scale=torch.tensor(1 / bad), apply=torch.zeros(()))
+            after = snapshot(left_out, list(gpt.parameters()))
+            assert before == (after if step else after[: len(before)])
+        torch.manual_seed(step)
+        for p, q in zip(gpt.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in left_out:
+            optimizer.step(scale=torch.tensor(0.5), apply=torch.ones(()))
+        for optimizer in never_saw:
+            optimizer.step(scale=torch.tensor(0.5))
+        assert snapshot(left_out, list(gpt.parameters())) == snapshot(never_saw, list(twin.parameters()))
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_state_is_all_there_is_to_a_run(name):
+    """A run taken up half-way, from tensors alone, ends with the bits of one that did not stop."""
+    gpt = model()
+    config = OptimizerConfig(name=name)
+    optimizers = build_optimizers(config, gpt, torch.bfloat16)
+
+    def train(m: GPT, os, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            set_learning_rate(os, 1 / (1 + step))
+            for i, p in enumerate(m.parameters()):
+                p.grad = None if (step + i) % 5 == 0 else torch.randn_like(p)  # some have none now and then
+            for o in os:
+                o.step(scale=torch.tensor(0.5), apply=torch.tensor(float(step != 4)))
+
+    train(gpt, optimizers, range(5))
+    resumed = copy.deepcopy(gpt)
+    stored = {n: {k: t.clone() for k, t in o.state[p].items()} for o in optimizers for n, p in gpt.named_parameters() if p in o.state}
+    assert all(isinstance(t, Tensor) for state in stored.values() for t in state.values())
+    fresh = build_optimizers(config, resumed, torch.bfloat16)
+    for optimizer in fresh:
+        own = {p for g in optimizer.param_groups for p in g["params"]}
+        for n, p in resumed.named_parameters():
+            if p in own:
+                optimizer.state[p] = stored[n]
+    train(gpt, optimizers, range(5, 10))
+    train(resumed, fresh, range(5, 10))
+    assert snapshot(optimizers, list(gpt.parameters())) == snapshot(fresh, list(resumed.parameters()))
+
+
+def test_parameters_without_a_gradient_stay_as_they_are():
+    gpt = model()
+    before = [p.detach().clone() for p in gpt.parameters()]
+    for optimizer in build_optimizers(OptimizerConfig(), gpt, torch.float32):
+        optimizer.step(scale=torch.ones(()), apply=torch.ones(()))
+        assert not optimizer.state
+    assert all(torch.equal(p, q) for p, q in zip(gpt.parameters(), before, strict=True))
