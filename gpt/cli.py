@@ -31,6 +31,8 @@ _RUNS = {
     "prepare": "gpt.data.command:prepare",
     "inspect": "gpt.inspection.command:inspect",
     "inspect tokens": "gpt.inspection.command:inspect_tokens",
+    "runs": "gpt.runs.command:runs",
+    "runs compare": "gpt.runs.command:compare",
 }
 FLAGS = ("--help", "--cfg", "--config-dir", "--multirun", "-m", "--version")
 

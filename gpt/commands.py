@@ -1,4 +1,4 @@
-"""The commands, and the settings of those that use a model: generate, evaluate, export. (A training run's are in `gpt.config`.)
+"""The commands, and the settings of those that do not train. (A training run's are in `gpt.config`.)
 
 Imports no torch.
 """
@@ -273,6 +273,43 @@ class InspectTokensConfig:
         validate_tokenizer(self.tokenizer)
 
 
+@dataclass
+class RunsConfig:
+    """One call of `gpt runs`."""
+
+    dir: str = "runs"
+    """The folder that holds the run directories."""
+    sort: Literal["started", "val_loss", "time", "step"] = "started"
+    """By what, the smallest first: so the newest run comes last, but the best one first."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        if not self.dir:
+            raise UserError("dir: which folder of runs?")
+
+
+@dataclass
+class RunsCompareConfig:
+    """One call of `gpt runs compare`."""
+
+    runs: list[str] = field(default_factory=list)
+    """Which runs: their ids in `dir`, as much of the beginning or end of an id as tells it from others, or paths. They may be written as
+    words, without `runs=`."""
+    dir: str = "runs"
+    """The folder in which ids are looked up."""
+    output: str = "compare.html"
+    """The page to write."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        if len(self.runs) < 2:
+            one = f" besides {self.runs[0]}" if self.runs else ""
+            raise UserError(f"runs: which runs{one}? Name at least two, e.g. gpt runs compare <id> <id>; gpt runs lists them")
+        for key in ("dir", "output"):
+            if not getattr(self, key):
+                raise UserError(f"{key}: which {'folder of runs' if key == 'dir' else 'file'}?")
+
+
 @dataclass(frozen=True)
 class Command:
     """One command.
@@ -281,11 +318,13 @@ class Command:
         what: it does, in a line.
         config: the schema of its settings.
         root: the file in `configs/` that lists its groups; empty: it has none.
+        words: the key, of a list, that takes the arguments written as words, without `key=`; empty: there are none.
     """
 
     what: str
     config: type
     root: str = ""
+    words: str = ""
 
 
 COMMANDS = {
@@ -297,4 +336,8 @@ COMMANDS = {
     "prepare": Command("cut a corpus into token ids ahead of time, or look into one that is", PrepareConfig, "prepare"),
     "inspect": Command("look at batches as a model sees them, in the terminal and on a page", InspectConfig, "inspect"),
     "inspect tokens": Command("how a text is cut into tokens, and its positional encoding", InspectTokensConfig, "inspect_tokens"),
+    "runs": Command("list the runs of a folder: state, step, best validation loss, time, size", RunsConfig),
+    "runs compare": Command(
+        "draw the curves of several runs into one page, and what their configs differ in", RunsCompareConfig, words="runs"
+    ),
 }

@@ -23,7 +23,12 @@ from gpt.errors import UserError
 from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_keys, shown
 
 # What each command calls the run or the model that it works on.
-_MODEL_KEYS = {"generate": "model", "evaluate": "model", "inspect": "model", "inspect tokens": "model", "export": "run", "finetune": "init"}
+_MODEL_KEYS = {
+    **dict.fromkeys(("generate", "evaluate", "inspect", "inspect tokens"), "model"),
+    "export": "run",
+    "finetune": "init",
+    "runs": "dir",
+}
 MOST_RUNS = 1000  # of a sweep: more is a slip
 _OF_THE_SWEEP = ("run.id", "run.dir", "resume")  # the same for all its runs, word for word
 
@@ -114,7 +119,12 @@ def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None 
     schema = COMMANDS[command].config
     keys = schema_keys(schema)
     options = {group: names for group, names in groups(config_dir).items() if dataclasses.is_dataclass(keys.get(group))}
-    settings = dict(_read(argument, keys, options, command) for argument in arguments)
+    words = [argument for argument in arguments if COMMANDS[command].words and _is_word(argument)]
+    settings = dict(_read(argument, keys, options, command) for argument in arguments if argument not in words)
+    if words:
+        if (key := COMMANDS[command].words) in settings:
+            raise UserError(f"{words[0]}: give words or {key}=[...], not both")
+        settings[key] = words
     chosen = {name: settings.pop(name) for name in list(settings) if name in options}
     values = _hydra_compose(config_dir, chosen, settings, schema, COMMANDS[command].root) if options else settings
     config = from_dict(schema, values)
@@ -125,6 +135,11 @@ def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None 
             _take_own_data(config)
     config.validate()
     return config
+
+
+def _is_word(argument: str) -> bool:
+    """Whether an argument is a plain word and not `key=value`; a path may hold `=`, a key no `/`."""
+    return argument != "" and ("=" not in argument or "/" in argument.partition("=")[0])
 
 
 def _take_own_data(config: EvaluateConfig) -> None:

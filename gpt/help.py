@@ -64,6 +64,15 @@ EXAMPLES = {
         ('gpt inspect tokens text="Hello, world"', "with a tokenizer trained on the standard library"),
         ('gpt inspect tokens text="Hello, world" model=<folder>', "with the tokenizer and the positions of a model"),
     ],
+    "runs": [
+        ("gpt runs", "all runs, the newest last"),
+        ("gpt runs dir=sweeps/lr sort=val_loss", "those of another folder, the best first"),
+    ],
+    "runs compare": [
+        ("gpt runs compare pretrain-20261120-101112-kmqz pretrain-20261121-141516-abcd", "two runs, by their ids"),
+        ("gpt runs compare kmqz abcd elsewhere/my-run output=three.html", "by the ends of their ids; by a path"),
+        ("gpt runs compare runs=[kmqz,abcd]", "the same as a setting"),
+    ],
 }
 
 
@@ -81,8 +90,12 @@ def overview() -> str:
 
 def command(name: str, config_dir: Path | None = None) -> str:
     """`gpt <command> --help`."""
-    schema = COMMANDS[name].config
-    lines = [f"gpt {name}: {COMMANDS[name].what}", "", f"usage: gpt {name} [key=value ...]"]
+    schema, words = COMMANDS[name].config, COMMANDS[name].words
+    lines = [
+        f"gpt {name}: {COMMANDS[name].what}",
+        "",
+        f"usage: gpt {name} {f'<{words}> ... ' if words else ''}[key=value ...]",
+    ]
     lines += ["A text is taken word for word as the shell gives it; a list is written [a.txt, 'b c.txt'].", "", "examples:"]
     lines += [f"  {example}   # {why}" for example, why in EXAMPLES[name]]
     fields, defaults = typing.get_type_hints(schema), _composed_defaults(COMMANDS[name].root)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "gpt.cli": {
         "gpt", "gpt.errors", "gpt.typed", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help",
         "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.data.command",
-        "gpt.inspection.command", "gpt.sweep",
+        "gpt.inspection.command", "gpt.runs.command", "gpt.sweep",
     },
     "gpt.sweep": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
     "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config"},
@@ -32,9 +32,9 @@ MAY_IMPORT = {
     "gpt.config": {"gpt.data.config", "gpt.errors", "gpt.typed", "gpt.model.config"},
     "gpt.typed": {"gpt.errors"},
     "gpt.errors": set(),
-    "gpt.launch": {"gpt.config", "gpt.errors", "gpt.typed", "gpt.training"},
+    "gpt.launch": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.runtime", "gpt.training"},
     "gpt.training": {
-        "gpt", "gpt.commands", "gpt.compose", "gpt.config", "gpt.errors",
+        "gpt", "gpt.commands", "gpt.compose", "gpt.config", "gpt.errors", "gpt.typed",
         "gpt.data", "gpt.evaluation", "gpt.inference", "gpt.model", "gpt.runtime",
     },
     "gpt.evaluation": {
@@ -49,13 +49,17 @@ MAY_IMPORT = {
     "gpt.inference.command": {"gpt.commands", "gpt.errors", "gpt.inference", "gpt.runtime"},
     "gpt.runtime": {"gpt.config", "gpt.errors", "gpt.model"},
     "gpt.inspection": {"gpt.commands", "gpt.errors", "gpt.data", "gpt.model", "gpt.inference.loading"},
+    "gpt.runs": {
+        "gpt.commands", "gpt.config", "gpt.errors", "gpt.typed",
+        "gpt.training.charts", "gpt.training.metrics", "gpt.training.page", "gpt.training.run_record",
+    },
     "gpt.data": {"gpt.errors", "gpt.typed"},
     "gpt.model": set(),
 }  # fmt: skip
 # At the top of a file, `cli -> compose/config/help` only: what is heavy is imported when its command runs.
 ONLY_IN_FUNCTIONS = {
     "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.training.checkpoint",
-    "gpt.data.command", "gpt.inspection.command",
+    "gpt.data.command", "gpt.inspection.command", "gpt.runs.command",
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "safetensors"}
 MODEL_LIBRARIES_IN_FUNCTIONS = {"huggingface_hub", "transformers"}
@@ -70,6 +74,8 @@ LIGHT = (
     "gpt.errors",
     "gpt.data.config",
     "gpt.model.config",
+    "gpt.runs.command",
+    "gpt.training.report",
 )
 HEAVY = {"torch", "numpy", "transformers", "tokenizers", "tiktoken", "datasets", "matplotlib", "rich", "hydra", "omegaconf", "boto3"}
 

@@ -1,45 +1,50 @@
-"""The page that a run leaves behind: `report.html` in the run directory, one file that opens anywhere, without a network.
+"""The page of a run: `report.html` in the run directory, one file that opens anywhere, without a network.
 
-It shows the key figures, the curves of `metrics.jsonl` as inline SVG, samples, the config and the environment. matplotlib and
-Jinja2 are imported when a report is written: they are heavy, and most imports of this package never write one.
+It shows the key figures, the curves of `metrics.jsonl` as inline SVG, samples, the config and the environment. `LiveReport` keeps
+it fresh while the run goes on: `python -m gpt.training.report <run directory>` draws it from the files alone.
 """
 
 from __future__ import annotations
 
-import io
+import datetime
 import json
-import math
 import os
 import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
+from gpt.training.charts import (
+    ACCENT,
+    SECOND,
+    Curve,
+    Point,
+    count,
+    draw_areas,
+    draw_bars,
+    draw_curves,
+    duration,
+    is_finite,
+    noisy,
+    short,
+    svg,
+    time_unit,
+)
 from gpt.training.metrics import read_metrics
+from gpt.training.page import write_page
+from gpt.training.progress import say as say_aloud
+from gpt.training.run_record import RunRow, count_parameters, describe_run
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Point = tuple[float, float]
-
-POINTS_PER_CURVE = 2000  # more cannot be told apart on a screen, and the page would grow with the length of the run
-SMOOTH_FROM = 20  # fewer points are not noise but the curve itself
-
-# matplotlib wants colours, the page wants CSS variables (light, dark, print): each stand-in is drawn, then replaced in the SVG.
-COLOURS = {
-    f"#00000{i}": f"var(--{name})" for i, name in enumerate(("text", "muted", "faint", "grid", "accent", "light", "second"), start=1)
-}
-TEXT, MUTED, FAINT, GRID, ACCENT, LIGHT, SECOND = COLOURS
-
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # real text: it takes the font of the page, can be searched, and is small
-    "font.family": "DejaVu Sans",  # comes with matplotlib; it only measures the layout
-    "font.size": 9,
-    "path.simplify": False,  # the curves are thinned already, and it may add points to a jagged one
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
-    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
-}
+NAME = "report.html"
+RELOAD_SECONDS = 30
+PARTS = ("data", "forward", "backward", "optimizer", "other")  # of a step
+_MOST_SHARE = 50  # a live page is drawn again after so many times what drawing it took: 2% of one core at most
 
 
 @dataclass(frozen=True)
@@ -72,32 +77,192 @@ class Summary:
     held_out: str = "held-out text"  # what the bits per byte are of
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page."""
+
+    title: str
+    svg: str
+    note: str = ""
+
+
 def write_report(run_directory: Path, samples: list[Sample], summary: Summary) -> Path:
-    """Write `report.html` from the files of a run: `metrics.jsonl`, `config.yaml` and `environment.json`, each of which may be missing.
+    """Write the page of a run that has ended, from its files: `metrics.jsonl`, `config.yaml` and `environment.json`, each of which may
+    be missing.
 
     An earlier page is replaced in one move, so a reader never sees half of one.
 
     Returns:
         The path of the page.
     """
-    import jinja2
+    status = f"{'Finished' if summary.finished else 'Interrupted'} after {count(summary.steps, 'step')}"
+    return _write(run_directory, samples, summary, _by_step(read_metrics(run_directory / "metrics.jsonl")), status)
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = templates.get_template("report.html.jinja").render(
+
+def write_live_report(run_directory: Path, stopped: bool = False) -> Path:
+    """Write the page of a run from its files alone: one that goes on, that reloads itself, or one that was interrupted.
+
+    The page of a run that has finished is left as it is: its samples are in no other file.
+
+    Args:
+        run_directory: whole or not.
+        stopped: the run ends here, although its directory is still locked.
+    """
+    run, path = describe_run(run_directory), run_directory / NAME
+    if run.state == "finished" and path.is_file():
+        return path
+    lines = _by_step(read_metrics(run_directory / "metrics.jsonl"))
+    rates = [line["tokens_per_second"] for line in lines if is_finite(line.get("tokens_per_second"))]
+    skipped = [line["skipped_steps"] for line in lines if is_finite(line.get("skipped_steps"))]
+    summary = Summary(
+        title=run.id, model=_model(run), steps=run.step, tokens=run.tokens, seconds=run.seconds,
+        tokens_per_second=statistics.median(rates) if rates else 0.0, best_val_loss=run.best_val_loss, best_step=run.best_step,
+        val_bpb=run.val_bpb, gzip_bpb=None, xz_bpb=None, skipped_steps=int(skipped[-1]) if skipped else 0, finished=run.state == "finished",
+        held_out="the validation text",
+    )  # fmt: skip
+    if run.state == "running" and not stopped:
+        return _write(run_directory, [], summary, lines, _progress(run, lines), live=True)
+    return _write(run_directory, [], summary, lines, f"{'Finished' if summary.finished else 'Interrupted'} after {count(run.step, 'step')}")
+
+
+class LiveReport:
+    """Keeps a run's page fresh while it goes on. Each page is drawn by a process of its own, of the lowest priority, on one core.
+
+    Args:
+        run_directory: of the run.
+        every_seconds: least time from one page to the next. Pages that take long are drawn less often.
+        say: told about the first page that fails; later failures are silent, and none of them stops the run.
+    """
+
+    def __init__(self, run_directory: Path, every_seconds: float = 60, say: Callable[[str], None] = say_aloud) -> None:
+        self._directory, self._every, self._say = run_directory, every_seconds, say
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._due = 0.0
+        self._closed = self._complained = False
+
+    def refresh(self, now: bool = False) -> None:
+        """Start to draw the page, if it is time and no earlier one is still being drawn. Returns at once.
+
+        Args:
+            now: do not wait until it is time.
+        """
+        if self._closed or (self._thread is not None and self._thread.is_alive()) or not (now or time.monotonic() >= self._due):
+            return
+        self._due = time.monotonic() + self._every
+        self._thread = threading.Thread(target=self._draw, name="report", daemon=True)  # to start a process takes milliseconds
+        self._thread.start()
+
+    def close(self, stopped: bool = False) -> None:
+        """End a page that is being drawn: after this none is written that would replace the final one.
+
+        Args:
+            stopped: the run has ended before its last step and has no final page: a last one is drawn that says so, for which this
+                waits up to five seconds.
+        """
+        self._closed = True
+        if self._thread is not None:
+            while self._thread.is_alive():  # it may be about to start its process
+                if self._process is not None:
+                    self._process.kill()
+                self._thread.join(0.05)
+        if stopped:
+            self._thread = threading.Thread(target=self._draw, args=(True,), name="report", daemon=True)
+            self._thread.start()
+            self._thread.join(5)
+
+    def _draw(self, stopped: bool = False) -> None:
+        """Draw one page and see when the next one is due."""
+        package = Path(__file__).parents[2]  # this program's own code is what runs, wherever it was found
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment = os.environ | one_thread | {"PYTHONPATH": os.pathsep.join((str(package), *(p for p in sys.path if p)))}
+        command = [sys.executable, "-P", "-m", "gpt.training.report", str(self._directory), *(["stopped"] if stopped else [])]
+        try:
+            # A process group of its own: Ctrl-C is for the trainer. Not a session, in which Linux would not see the priority.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                process_group=0,
+            )
+            if self._closed and not stopped:
+                self._process.kill()
+            out, errors = self._process.communicate()
+            if self._process.returncode == 0:
+                self._due = max(self._due, time.monotonic() + _MOST_SHARE * float(out.split()[-1]))
+            problem = errors.strip().rpartition("\n")[2] or f"exit code {self._process.returncode}" if self._process.returncode else ""
+        except (OSError, ValueError, LookupError) as error:
+            problem = str(error)
+        if problem and not self._complained and (stopped or not self._closed):
+            self._complained = True
+            self._say(f"warning: {self._directory / NAME} could not be drawn ({problem}); training goes on")
+
+
+def main(arguments: list[str]) -> None:
+    """Draw the page of the run directory in `arguments`, at the lowest priority, and print the seconds of a core that this took."""
+    stopped = arguments[1:] == ["stopped"]
+    if not stopped:  # then somebody waits
+        os.nice(19)
+    write_live_report(Path(arguments[0]), stopped)
+    print(f"{time.process_time():.2f}")
+
+
+def _write(directory: Path, samples: list[Sample], summary: Summary, lines: list[dict[str, Any]], status: str, live: bool = False) -> Path:
+    write_page(
+        directory / NAME,
+        Path(__file__).with_name("report.html.jinja"),
         summary=summary,
-        status=f"{'Finished' if summary.finished else 'Interrupted'} after {_count(summary.steps, 'step')}",
-        skipped=f"{_count(summary.skipped_steps, 'step')} skipped" if summary.skipped_steps else "",
+        status=status,
+        state="running" if live else "finished" if summary.finished else "interrupted",
+        reload_seconds=RELOAD_SECONDS if live else None,
+        drawn=f"{datetime.datetime.now():%H:%M:%S, %d %B %Y}" if live else "",
+        skipped=f"{count(summary.skipped_steps, 'step')} skipped" if summary.skipped_steps else "",
         cards=_cards(summary),
-        charts=_charts(_by_step(read_metrics(run_directory / "metrics.jsonl")), summary),
+        charts=_charts(lines, summary),
         samples=samples,
-        config=_read_text(run_directory / "config.yaml").rstrip(),
-        environment=_read_environment(run_directory / "environment.json"),
+        config=_read_text(directory / "config.yaml").rstrip(),
+        environment=_read_environment(directory / "environment.json"),
     )
-    path, aside = run_directory / "report.html", run_directory / "report.html.tmp"
-    aside.write_text(page, encoding="utf-8", errors="replace")  # a sampled text may hold half a surrogate pair
-    os.replace(aside, path)
-    return path
+    return directory / NAME
+
+
+def _model(run: RunRow) -> str:
+    """The model in words, as far as config and weights tell."""
+    from gpt.errors import UserError
+    from gpt.model.config import GPTConfig
+    from gpt.typed import from_dict
+
+    parameters = count_parameters(run.path)
+    words = [f"{parameters / 1e6:.2f}M parameters"] if parameters else []
+    try:
+        words.append(f"{from_dict(GPTConfig, run.config.get('model'), 'model.').stock_architecture()} shape")
+    except UserError:  # a config of another version
+        return ", ".join(words)
+    return ", ".join(words)
+
+
+def _progress(run: RunRow, lines: list[dict[str, Any]]) -> str:
+    """`Running, step 1,200 of 4,700, 25%, 3 min left`."""
+    if not run.step:
+        return "Running, no step logged yet"
+    share = run.seconds / run.total_seconds if run.total_seconds else run.step / run.total if run.total else None
+    if share is None:
+        return f"Running, step {run.step:,}"
+    of = f" of {run.total:,}" if run.total else ""
+    if share >= 1:
+        return f"Running, step {run.step:,}{of}, all trained; measuring and saving the result"
+    if run.total_seconds:
+        left = run.total_seconds - run.seconds
+    else:  # as fast as in the second half so far, validations and all
+        timed = [(line["step"], line["seconds"]) for line in lines if is_finite(line.get("seconds"))] or [(0, 0.0)]
+        step, seconds = timed[len(timed) // 2]
+        step, seconds = (step, seconds) if step < run.step else (0, 0.0)
+        left = ((run.total or 0) - run.step) * (run.seconds - seconds) / (run.step - step)
+    rest = f"{left:.0f} s" if left < 99.5 else f"{left / 60:.0f} min" if left < 5970 else f"{left / 3600:.1f} h"
+    return f"Running, step {run.step:,}{of}, {int(100 * share)}%, {rest} left"
 
 
 def _read_text(path: Path) -> str:
@@ -106,7 +271,7 @@ def _read_text(path: Path) -> str:
 
 def _by_step(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines by step; of a step that was trained again after a resume, the last line counts."""
-    lines = {(line["step"], "val_loss" in line): line for line in metrics if _is_finite(line.get("step"))}
+    lines = {(line["step"], "val_loss" in line): line for line in metrics if is_finite(line.get("step"))}
     return [lines[key] for key in sorted(lines)]
 
 
@@ -124,37 +289,14 @@ def _read_environment(path: Path) -> list[tuple[str, str]]:
         return []
 
 
-def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _short(value: float, reach: float = 0.0) -> str:
-    """A number for people: 1,150 25k 4.71M 6e-5. `reach`, the largest number on an axis, gives all of them the same unit."""
-    largest = max(abs(value), reach)
-    steps = ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, ""))
-    unit, letter = next((unit, letter) for least, unit, letter in steps if largest >= least)
-    return f"{value / unit:,.{4 if letter else 6}g}{letter if value else ''}".replace("e-0", "e-")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 59.95:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60:,}h {minutes % 60:02d}m"
-
-
 def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     """(name, value, note) of the key figures; a dash stands for what is not known."""
 
     def figure(value: float | None, form: str) -> str:
-        return format(value, form) if _is_finite(value) else "–"
+        return format(value, form) if is_finite(value) else "–"
 
-    bits_note, best_note = f"of {summary.held_out}" if _is_finite(summary.val_bpb) else "not measured", "not measured"
-    if _is_finite(summary.val_bpb) and summary.xz_bpb:
+    bits_note, best_note = f"of {summary.held_out}" if is_finite(summary.val_bpb) else "not measured", "not measured"
+    if is_finite(summary.val_bpb) and summary.xz_bpb:
         bits_note = f"{abs(1 - summary.val_bpb / summary.xz_bpb):.0%} {'below' if summary.val_bpb < summary.xz_bpb else 'above'} xz -9e"
     if summary.best_step is not None:
         best_note = f"at step {summary.best_step:,}"
@@ -162,8 +304,8 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     result = [
         ("Bits per byte", figure(summary.val_bpb, ".3f"), bits_note),
         ("Best validation loss", figure(summary.best_val_loss, ".3f"), best_note),
-        ("Tokens", _short(summary.tokens), _count(summary.steps, "step")),
-        ("Training time", _duration(summary.seconds), f"{milliseconds:,.{0 if milliseconds >= 10 else 2}f} ms a step"),
+        ("Tokens", short(summary.tokens), count(summary.steps, "step")),
+        ("Training time", duration(summary.seconds), f"{milliseconds:,.{0 if milliseconds >= 10 else 2}f} ms a step"),
         ("Tokens per second", figure(summary.tokens_per_second, ",.0f"), "over the run"),
     ]
     if found := re.search(r"(\d[\d,]*\.?\d*) ?([KMBT]?) parameters", summary.model, re.IGNORECASE):
@@ -172,113 +314,78 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     return result
 
 
-def _thin(points: list[Point], limit: int = POINTS_PER_CURVE) -> list[Point]:
-    """At most `limit` points: the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(points) <= limit:
-        return points
-    stretch = math.ceil(2 * len(points) / limit)
-    parts = (points[start : start + stretch] for start in range(0, len(points), stretch))
-    return [point for part in parts for point in sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})]
-
-
-def _smooth(points: list[Point]) -> list[Point]:
-    """An exponential moving average forwards, then backwards: one alone trails behind a falling loss by the width of its window."""
-
-    def average(values: list[float]) -> list[float]:
-        decay, total, weight, result = 1 - 1 / max(3, len(values) / 60), 0.0, 0.0, []
-        for value in values:
-            total, weight = decay * total + value, decay * weight + 1
-            result.append(total / weight)
-        return result
-
-    heights = average(average([y for _, y in points])[::-1])[::-1]
-    return [(x, height) for (x, _), height in zip(points, heights, strict=True)]
-
-
-def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[tuple[str, str]]:
-    """(title, SVG) of every chart that there is something to draw for."""
-    longest = max((line["seconds"] for line in lines if _is_finite(line.get("seconds"))), default=0)
-    unit, unit_seconds = ("hours", 3600) if longest >= 7200 else ("minutes", 60) if longest >= 120 else ("seconds", 1)
-    labels, scales = {"step": "step", "seconds": f"training time, {unit}"}, {"step": 1, "seconds": unit_seconds}
-    result: list[tuple[str, str]] = []
+def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
+    """Every chart that there is something to draw for."""
+    longest = max((line["seconds"] for line in lines if is_finite(line.get("seconds"))), default=0)
+    unit, unit_seconds = time_unit(longest)
+    scales = {"step": 1, "seconds": unit_seconds, "memory_bytes": 2**30}
+    result: list[Chart] = []
 
     def points(x: str, y: str) -> list[Point]:
-        return [(line[x] / scales[x], line[y]) for line in lines if _is_finite(line.get(x)) and _is_finite(line.get(y))]
+        kept = (line for line in lines if is_finite(line.get(x)) and is_finite(line.get(y)))
+        return [(line[x] / scales[x], line[y] / scales.get(y, 1)) for line in kept]
 
-    def add(title: str, x: str, y: str, label: str, validation: str = "", log: bool = False, noisy: bool = True) -> None:
-        raw, checks = points(x, y), points(x, validation)
-        if raw or checks:
-            result.append((title, _svg(title, lambda axes: _draw_curves(axes, labels[x], label, raw, checks, log, noisy))))
+    def add(title: str, curves: list[Curve], x: str, y: str, log: bool = False, legend: bool = False, note: str = "") -> None:
+        if curves:
+            result.append(Chart(title, svg(title, lambda axes: draw_curves(axes, curves, x, y, log, legend)), note))
 
-    add("Loss by step", "step", "loss", "loss, nats per token", "val_loss", log=True)
+    def add_loss(title: str, key: str, x: str) -> None:
+        training, checks = points(key, "loss"), points(key, "val_loss")
+        validation = [Curve(checks, "validation", SECOND, width=1.4, dots=40)] if checks else []
+        add(title, noisy(training, "training") + validation, x, "loss, nats per token", log=True, legend=bool(checks))
+
+    add_loss("Loss by step", "step", "step")
     named = {"this model": summary.val_bpb, "xz -9e": summary.xz_bpb, "gzip -9": summary.gzip_bpb}
-    known = {name: size for name, size in named.items() if _is_finite(size)}
+    known = {name: size for name, size in named.items() if is_finite(size)}
     if "this model" in known and len(known) > 1:
-        result.append(("Held-out text, compressed", _svg("bars", lambda axes: _draw_bars(axes, known))))
-    add("Loss by time", "seconds", "loss", "loss, nats per token", "val_loss", log=True)
-    add("Learning rate", "step", "lr", "learning rate", noisy=False)
-    add("Throughput", "step", "tokens_per_second", "tokens per second")
-    add("Gradient norm", "step", "grad_norm", "gradient norm", log=True)
+        title = "Held-out text, compressed"
+        result.append(Chart(title, svg(title, lambda axes: draw_bars(axes, known, "bits per byte, lower is better"), left=0.19)))
+    add_loss("Loss by time", "seconds", f"training time, {unit}")
+    rates = points("step", "lr")
+    add("Learning rate", [Curve(rates, "")] if rates else [], "step", "learning rate")
+    add("Throughput", noisy(points("step", "tokens_per_second"), ""), "step", "tokens per second", note=_mfu(lines))
+    if split := _step_times(lines):
+        result.append(split)
+    gradients, updates = points("step", "grad_norm"), points("step", "update_norm")
+    norms = noisy(gradients, "gradient", ACCENT) + noisy(updates, "update", SECOND)
+    both = bool(gradients and updates)
+    title = "Gradient and update norm" if both else "Gradient norm" if gradients else "Update norm"
+    add(title, norms, "step", "norm" if both else title.lower(), log=True, legend=both)
+    memory = points("step", "memory_bytes")
+    add(
+        "Memory",
+        [Curve(memory, "")] if memory else [],
+        "step",
+        "GiB",
+        note=f"Highest: {max(y for _, y in memory):.2f} GiB" if memory else "",
+    )
     return result
 
 
-def _draw_curves(axes: Axes, x: str, y: str, raw: list[Point], validation: list[Point], log: bool, noisy: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    def draw(points: list[Point], color: str, width: float, dots: int = 1, **style: Any) -> None:
-        marker = "o" if len(points) <= dots else ""  # a single point has no line to be seen by
-        axes.plot(*zip(*_thin(points), strict=True), color=color, linewidth=width, marker=marker, markersize=3.5, clip_on=False, **style)
-
-    if noisy and len(raw) >= SMOOTH_FROM:
-        draw(raw, LIGHT, 0.8)
-        draw(_smooth(raw), ACCENT, 1.6, label="training, smoothed")
-    elif raw:
-        draw(raw, ACCENT, 1.6, label="training")
-    if validation:
-        draw(validation, SECOND, 1.4, dots=40, label="validation")
-        axes.legend(frameon=False, labelcolor=TEXT)
-    heights = [height for _, height in raw + validation]
-    log = log and min(heights) > 0
-    axes.set_yscale("log" if log else "linear")
-    if not log:
-        axes.set_ylim(bottom=min(0, *heights))
-    decades = math.log10(max(heights) / min(heights)) if log else 0
-    powers = LogLocator(subs=(1, 2, 5) if decades < 3 else (1,))
-    axes.yaxis.set_major_locator(powers if decades > 1.3 else MaxNLocator(7, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=x == "step"))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value, axes.get_xlim()[1])))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value, 0 if log else axes.get_ylim()[1])))
-    axes.margins(x=0.02)
-    axes.set_xlim(left=0)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set(xlabel=x, ylabel=f"{y}, log scale" if log else y)
+def _mfu(lines: list[dict[str, Any]]) -> str:
+    """What of the chip's peak rate the model's arithmetic uses."""
+    shares = [line["mfu"] for line in lines if is_finite(line.get("mfu"))]
+    return f"MFU {statistics.median(shares):.1%} of the chip's peak rate, median" if shares else ""
 
 
-def _draw_bars(axes: Axes, sizes: dict[str, float]) -> None:
-    bars = axes.barh(list(sizes), list(sizes.values()), height=0.45, color=[ACCENT] + [FAINT] * (len(sizes) - 1))
-    axes.bar_label(bars, [f"{value:.3f}" for value in sizes.values()], padding=5, color=TEXT, fontsize=10.5, fontweight="bold")
-    axes.tick_params(axis="y", labelsize=10.5, labelcolor=TEXT)
-    axes.spines["bottom"].set_visible(False)
-    axes.set(xlim=(0, 1.15 * max(sizes.values())), ylim=(len(sizes) - 0.5, -0.5), xticks=[], xlabel="bits per byte, lower is better")
+def _step_times(lines: list[dict[str, Any]]) -> Chart | None:
+    """Where a step's time goes, with the shares of the parts, and beside them that of evaluation and checkpoints."""
+    timed = [line for line in lines if any(is_finite(line.get(f"time_{part}")) for part in PARTS)]
+    if not timed:
+        return None
+    columns = {part: [line.get(f"time_{part}") for line in timed] for part in PARTS}
+    heights = {part: [1000 * max(0.0, value) if is_finite(value) else 0.0 for value in column] for part, column in columns.items()}
+    totals = {part: sum(values) for part, values in heights.items()}
+    whole = sum(totals.values())
+    shares = ", ".join(f"{part} {total / whole:.1%}" for part, total in totals.items()) if whole else ""
+    besides = []
+    for part in ("evaluation", "checkpointing"):
+        known = [line[f"share_{part}"] for line in lines if is_finite(line.get(f"share_{part}"))]
+        besides += [f"{part} {known[-1]:.1%}"] if known else []
+    note = f"Of the steps: {shares}." + (f" Of the whole run: {', '.join(besides)}." if besides else "")
+    title, steps = "Where a step's time goes", [line["step"] for line in timed]
+    return Chart(title, svg(title, lambda axes: draw_areas(axes, steps, heights, "step", "milliseconds a step"), top=0.89), note)
 
 
-def _svg(name: str, draw: Callable[[Axes], None]) -> str:
-    """What `draw` draws, as an element for an HTML page: no metadata, no global style, the colours of the page."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):  # the salt keeps the ids of two charts apart
-        figure = Figure(figsize=(5.6, 3.2), facecolor="none", layout="constrained")
-        axes = figure.add_subplot(facecolor="none")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
-        axes.set_axisbelow(True)
-        draw(axes)
-        target = io.StringIO()
-        figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = target.getvalue()
-    text = re.sub(r"<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
-    return re.sub("|".join(COLOURS), lambda colour: COLOURS[colour[0]], text)
+if __name__ == "__main__":
+    main(sys.argv[1:])
