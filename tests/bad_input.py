@@ -234,4 +234,13 @@ BAD_INPUT = {
     "pretrain --config-dir /nowhere": ("--config-dir /nowhere", "no such folder"),
     "pretrain --help --config-dir /nowhere": ("--config-dir /nowhere", "no such folder"),
     "generate model=x --config-dir .": ("--config-dir .", "generate"),
+    # runs
+    "runs dir=nowhere": ("dir=nowhere", "no such folder"),
+    "runs sort=loss": ("sort=loss", "val_loss?"),
+    "runs compare": ("runs", "at least two"),
+    "runs compare a": ("besides a", "at least two"),
+    "runs compare a b": ("a: no such run in runs",),
+    "runs compare a runs=[b]": ("a: give words or runs=[...]",),
+    "runs compare a b output=no/x.html": ("output=no/x.html", "no folder no"),
+    "runs compar a b": ("gpt runs compare?",),
 }
