@@ -37,7 +37,7 @@ def checkpoints() -> dict[str, float]:
     tokens = torch.randint(2048, (B, T + 1)).to(device.type)
     model, loss = GPT(config.model).to(device.type), LinearCrossEntropy(device.dtype)
     model.tie()
-    optimizers = build_optimizers(config.optimizer, model)
+    optimizers = build_optimizers(config.optimizer, model, device.dtype)
     compile_model(model, loss)
 
     def step() -> float:

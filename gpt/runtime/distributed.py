@@ -59,7 +59,7 @@ class World:
 
     @property
     def work_mesh(self) -> DeviceMesh | None:
-        """The mesh without its dimensions of one process, but for that of the parameters, to divide work over all processes; None for one."""
+        """The mesh without dimensions of one process, but for that of the parameters, to divide work over all processes; None for one."""
         if self.mesh is None:
             return None
         names = self.mesh.mesh_dim_names or ()
@@ -162,11 +162,11 @@ def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float)
         return World()
     if config.name == "none":
         raise UserError(f"parallel=none is one process, and {size} were started; add parallel=ddp or parallel=fsdp")
-    for key, divisor in (("parallel.tensor", config.tensor), ("parallel.replicate", config.tensor * config.replicate)):
-        if size % divisor:
-            raise UserError(
-                f"{key}={getattr(config, key.partition('.')[2])} does not divide the {size // config.tensor} processes that are left"
-            )
+    if size % config.tensor:
+        raise UserError(f"parallel.tensor={config.tensor} does not divide the {size} processes")
+    if size // config.tensor % config.replicate:
+        left = f"{size // config.tensor} groups of parallel.tensor={config.tensor}" if config.tensor > 1 else f"{size} processes"
+        raise UserError(f"parallel.replicate={config.replicate} does not divide the {left}")
     for name in ("torch.distributed.tensor", "torch.distributed._functional_collectives"):
         logging.getLogger(name).setLevel(logging.ERROR)  # how DTensors are sent could be faster on gloo, each process warns
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))

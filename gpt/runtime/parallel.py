@@ -22,10 +22,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.distributed import World
+from gpt.runtime.sharding import is_sharded, local_part, part_of
 
 if TYPE_CHECKING:  # takes a second, which a run in one process need not spend
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 # Kept by selective activation checkpointing: what takes long to compute for the memory it needs.
 _KEPT = {
@@ -111,9 +111,10 @@ def spread(objective: NextTokenLoss, world: World, device: torch.device | str) -
         return objective
     if not world.is_divided:
         ids = None if torch.device(device).type == "cpu" else [torch.accelerator.current_device_index()]
-        known = inspect.signature(DistributedDataParallel).parameters  # position tables are the same everywhere, and never sent
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        wrapped = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})
+        options: dict[str, Any] = {"device_ids": ids, "gradient_as_bucket_view": True}
+        known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 has another name for it
+        options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False  # tables, the same everywhere
+        wrapped = DistributedDataParallel(objective, **options)
         wrapped.register_comm_hook(None, lambda state, bucket: _summed(bucket.buffer()))
         return wrapped
     from torch.distributed.fsdp import fully_shard
@@ -147,12 +148,6 @@ def accumulating(module: nn.Module, world: World, last: bool) -> AbstractContext
     return contextlib.nullcontext()
 
 
-def settle(module: nn.Module, world: World) -> None:
-    """After forward passes without a backward pass: FSDP's outermost parameters are still whole then, and no longer the sharded ones."""
-    if world.is_divided:
-        cast("FSDPModule", module).reshard()
-
-
 def place_weights(model: nn.Module, source: nn.Module | None) -> None:
     """Give a model that is spread over processes the weights of a whole one.
 
@@ -160,42 +155,18 @@ def place_weights(model: nn.Module, source: nn.Module | None) -> None:
         model: allocated, in every process.
         source: whole, in the main process; None in the others.
     """
-    from torch.distributed.tensor import DTensor
-
     whole = dict(source.named_parameters()) if source is not None else {}
     with torch.no_grad():
         for name, p in model.named_parameters():
             given = whole[name].detach().to(p.device) if source is not None else torch.empty(p.shape, dtype=p.dtype, device=p.device)
             dist.broadcast(given, src=0)
-            if isinstance(p, DTensor):
-                p.to_local().copy_(local_part(given, p))
-            else:
-                p.copy_(given)
-
-
-def local_part(whole: Tensor, like: DTensor) -> Tensor:
-    """What this process holds of a tensor that is laid out as `like`, with nothing sent.
-
-    A matrix may be split twice along the same dimension, first over the processes of tensor parallelism, the last dimension of the mesh, and
-    what is left over those of FSDP: hence from the last to the first.
-    """
-    for dim, placement in reversed(list(enumerate(like.placements))):
-        split: int | None = getattr(placement, "dim", None)  # a Shard's, strided or not
-        if split is not None:
-            parts = whole.chunk(like.device_mesh.size(dim), split)
-            rank = like.device_mesh.get_local_rank(dim)
-            whole = parts[rank] if rank < len(parts) else whole.narrow(split, 0, 0)
-    return whole
+            local_part(p).copy_(part_of(given, p) if is_sharded(p) else given)
 
 
 def sum_partial_gradients(model: GPT, world: World) -> None:
     """Under tensor parallelism: the norms of queries and keys see only this process's heads, so their gradients are added up."""
     if world.mesh is None or world.mesh["tensor"].size() == 1:
         return
-    from torch.distributed.tensor import DTensor
-
-    for block in model.blocks:
-        for norm in (block.attention.q_norm, block.attention.k_norm):
-            if norm is not None and norm.weight.grad is not None:
-                gradient = norm.weight.grad
-                dist.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, group=world.mesh["tensor"].get_group())
+    for name, p in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")) and p.grad is not None:
+            dist.all_reduce(local_part(p.grad), group=world.mesh["tensor"].get_group())

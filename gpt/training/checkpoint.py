@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from gpt.errors import UserError
 from gpt.model.transformer import GPT
 from gpt.model.weight_files import TensorHeader, read_tensors
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from gpt.runtime.sharding import is_sharded, local_part, part_of, reshard
 
 WEIGHTS, OPTIMIZER, EMA = "model.safetensors", "optimizer/state.safetensors", "ema.safetensors"
 STATE, MANIFEST, COMPLETE = "state.json", "data_manifest.json", "COMPLETE"
@@ -64,8 +62,6 @@ class TrainingState:
     loss_variance: float = 0.0
     losses: int = 0
     """That are in the two."""
-    averaged: int = 0
-    """Updates of the moving average of the weights."""
     interval_loss: float = 0.0
     """Sum of the losses since the last line of metrics."""
     interval_steps: int = 0
@@ -152,7 +148,7 @@ def load_checkpoint(
     Args:
         path: of a whole checkpoint, the same for all processes.
         model, optimizers: as they will train.
-        ema: moving average of the weights, by the parameters' names, to load too; without one in the checkpoint it becomes the weights.
+        ema: the moving average of the weights (`WeightAverage.tensors`), to load too.
 
     Raises:
         UserError: the checkpoint is of another model or optimizer.
@@ -161,7 +157,7 @@ def load_checkpoint(
     weights = model_tensors(model)
     _load(path / WEIGHTS, weights)
     if ema is not None:
-        _load(path / (EMA if (path / EMA).is_file() else WEIGHTS), ema)
+        _load(path / EMA, ema)
     _load_optimizers(path / OPTIMIZER, model, optimizers)
     return read_state(path)
 
@@ -173,7 +169,12 @@ def load_weights(path: Path, model: GPT) -> None:
         UserError: names or shapes differ.
     """
     reshard(model)
-    _load(path / (EMA if (path / EMA).is_file() else WEIGHTS), model_tensors(model))
+    weights = model_tensors(model)
+    _load(path / WEIGHTS, weights)
+    if (path / EMA).is_file():  # of what trains, and the number of updates
+        averages = {header.name: header for header in _headers(path / EMA) if header.name in weights}
+        for header, tensor in read_tensors(averages.values()):
+            _fill(weights[header.name], tensor)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -190,25 +191,6 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
             assert isinstance(value, Tensor), f"{type(optimizer).__name__} keeps {key} as a {type(value).__name__}"
             found[f"{names[p]}|{key}"] = value
     return found
-
-
-def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor. Without a process group none is, and importing the class takes a second."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def reshard(model: nn.Module) -> None:
-    """Free what fully_shard has gathered: after a forward pass alone, the outermost parameters are whole ones, not those that train."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def _trained(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], Tensor]]:
@@ -262,13 +244,7 @@ def _new_state(p: Tensor, group: Mapping[str, Any], like: Tensor) -> Tensor:
 def _fill(target: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor, or of it the part that this process holds."""
     with torch.no_grad():
-        if is_sharded(target):
-            from torch.distributed.tensor import distribute_tensor
-
-            part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-            target.to_local().copy_(part.to_local())
-        else:
-            target.copy_(whole)
+        local_part(target).copy_(part_of(whole, target) if is_sharded(target) else whole)
 
 
 def _headers(file: Path) -> list[TensorHeader]:

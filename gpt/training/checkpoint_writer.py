@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gpt.model.transformer import GPT
 from gpt.model.weight_files import DTYPE_NAMES
+from gpt.runtime.sharding import is_sharded, reshard
 from gpt.training.checkpoint import (
     COMPLETE,
     EMA,
@@ -34,11 +35,9 @@ from gpt.training.checkpoint import (
     TrainingState,
     checkpoint_name,
     find_damage,
-    is_sharded,
     list_checkpoints,
     model_tensors,
     optimizer_tensors,
-    reshard,
 )
 from gpt.training.checkpoint_retention import Retention
 
@@ -90,7 +89,7 @@ class CheckpointWriter:
         Args:
             model, optimizers, state: what to save.
             manifest: what the weights were trained on, kept beside them.
-            ema: moving average of the weights, by the parameters' names.
+            ema: the moving average of the weights (`WeightAverage.tensors`).
         """
         started = time.perf_counter()
         self._join()
@@ -98,8 +97,7 @@ class CheckpointWriter:
         weights = model_tensors(model)
         contents = {WEIGHTS: weights, OPTIMIZER: optimizer_tensors(model, optimizers)}
         if ema is not None:
-            assert ema.keys() == weights.keys()
-            contents[EMA] = {name: ema[name] for name in weights}
+            contents[EMA] = dict(ema)
         for name, tensors in contents.items():
             self._files[name].take(tensors)
         if self.is_writer:

@@ -11,12 +11,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory; all of one that is not a DTensor. Call it where gradients are off."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from gpt.runtime.sharding import is_sharded, local_part
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -58,7 +54,7 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
 
 
 def _sharded_over(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return ()
     assert not any(p.is_partial() for p in tensor.placements), tensor.placements
     # Not is_shard(): FSDP2 over tensor parallelism has placements of a kind of its own, which is none to that method.

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard  # what FSDP2 makes of rows that tensor parallelism has split
 
-from gpt.training.gradients import local_part
+from gpt.runtime.sharding import is_sharded, local_part
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al., 2024): five steps bring every singular value of a
 # matrix of Frobenius norm 1 to about 1.
@@ -125,6 +126,8 @@ class Muon(torch.optim.Optimizer):
         """`orthogonalise` for matrices of which each rank holds a part: from and to (M, rows here, columns here)."""
         if self.mesh is None:
             return orthogonalise(parts)
+        from torch.distributed.tensor import DTensor, Shard
+
         M, (rows, columns) = len(parts), shape
         layout = {"shape": torch.Size((M, rows, columns)), "stride": (rows * columns, columns, 1)}
         some = [Shard(0)] * self.mesh.ndim  # whole matrices, some on each rank
@@ -136,7 +139,9 @@ class Muon(torch.optim.Optimizer):
         """How a batch of matrices like `p` lies on each of the mesh's dimensions."""
         if self.mesh is None:
             return ()
-        if not isinstance(p, DTensor):
+        from torch.distributed.tensor import Replicate
+
+        if not is_sharded(p):
             return (Replicate(),) * self.mesh.ndim
         names, own = self.mesh.mesh_dim_names or (), p.device_mesh.mesh_dim_names or ()
         assert own, "a mesh's dimensions need names"
@@ -147,6 +152,9 @@ class Muon(torch.optim.Optimizer):
 
 def _behind_batch(placement: Placement) -> Placement:
     """A matrix's placement for a batch of matrices, which has one more dimension in front."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard  # what FSDP2 makes of rows that tensor parallelism has split
+
     if isinstance(placement, _StridedShard):
         return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
     return Shard(placement.dim + 1) if isinstance(placement, Shard) else placement

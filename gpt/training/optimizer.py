@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.adamw import adamw
 
-from gpt.training.gradients import local_part
+from gpt.runtime.sharding import local_part
 from gpt.training.muon import Muon
 
 if TYPE_CHECKING:

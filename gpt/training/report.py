@@ -44,6 +44,7 @@ from gpt.training.run_record import RunRow, count_parameters, describe_run
 NAME = "report.html"
 RELOAD_SECONDS = 30
 PARTS = ("data", "forward", "backward", "optimizer", "other")  # of a step
+FIRST_SECONDS = 20.0  # until the first live page: a run that is over by then needs none
 _MOST_SHARE = 50  # a live page is drawn again after so many times what drawing it took: 2% of one core at most
 
 
@@ -138,7 +139,7 @@ class LiveReport:
         self._directory, self._every, self._say = run_directory, every_seconds, say
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
-        self._due = 0.0
+        self._due = time.monotonic() + min(every_seconds, FIRST_SECONDS)
         self._closed = self._complained = False
 
     def refresh(self, now: bool = False) -> None:

@@ -67,7 +67,8 @@ def write_results(
             say(f"--- expected: {sample.expected}")
     beside = "".join(f"{name}: {figure:.2f}, " for name, figure in compressed.items())
     say(
-        f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s: {_shares(spent)})"
+        f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
+        f"\ntime: {_shares(spent)}"
         f"\nvalidation: best {_figure(state.best_val_loss)} at step {state.best_step}, last {_figure(last)}"
         f"{f'; {state.skipped_steps} steps left out' if state.skipped_steps else ''}"
         f"\n{what} ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte "

@@ -35,8 +35,8 @@ from gpt.model.transformer import GPT
 from gpt.runtime.compiling import CompileAhead, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.distributed import Agreement, join_world, waited_too_long
-from gpt.runtime.parallel import settle
 from gpt.runtime.peak import measured_peak_flops
+from gpt.runtime.sharding import reshard
 from gpt.runtime.signals import StopRequest
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole
 from gpt.training.checkpoint_retention import Retention
@@ -50,6 +50,7 @@ from gpt.training.micro_batch import divisors, largest_that_fits
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.profile import Profiler
 from gpt.training.progress import Progress, say
+from gpt.training.report import LiveReport
 from gpt.training.results import write_results
 from gpt.training.resuming import run_to_continue
 from gpt.training.run_directory import RunDirectory, new_run_id
@@ -59,7 +60,8 @@ from gpt.training.tracking import open_tracker
 from gpt.training.weight_average import WeightAverage
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MOST_REWINDS = 5  # in a run, to the same checkpoint
+_MOST_REWINDS = 5  # in a run
+_LAST_SECONDS = 3.0  # that a tracker gets of an interrupted run, which must be gone in ten
 
 
 @dataclass
@@ -120,8 +122,8 @@ class Trainer:
             if self.world.size == 1 or not waited_too_long(error):
                 raise
             raise TimeoutError(
-                f"process {self.world.rank} waited {config.launch.timeout} for the others in vain while {self.doing} ({_first_line(error)}); "
-                f"launch.timeout sets how long; {self._last_checkpoint()}"
+                f"process {self.world.rank} waited {config.launch.timeout} (launch.timeout) for the others in vain while {self.doing} "
+                f"({_first_line(error)}); {self._last_checkpoint()}"
             ) from error
         finally:
             self.directory.release()
@@ -289,6 +291,8 @@ class Trainer:
                 self.tracker = open_tracker(config.tracking, name, folder, config.to_dict(), state.step, self.progress.say)
                 if self.tracker is not None:
                     stack.callback(self.tracker.finish)
+                self.report = LiveReport(folder, say=self.progress.say)
+                stack.callback(self.report.close)
             profiler = Profiler(self.directory.path / "profile", self.device.type, self.say) if config.profile and world.is_main else None
             if profiler is not None:
                 stack.enter_context(closing(profiler))
@@ -301,6 +305,8 @@ class Trainer:
                 signalled = self._agree()
                 if done := self._done():
                     self._log()
+                    if profiler is not None:
+                        profiler.close()
                 improved = self._validation_due(done) and self._validate()
                 if signalled or done or (improved is None):
                     break
@@ -322,6 +328,10 @@ class Trainer:
                     profiler.step()
             signalled = self._agree()
             self._save(required=True)
+            if signalled and self.tracker is not None:
+                self.tracker.finish(_LAST_SECONDS)
+            if signalled and self.report is not None:
+                self.report.close(stopped=True)
         if self.metrics is not None:
             self.metrics.close()
         return signalled or None
@@ -412,6 +422,8 @@ class Trainer:
             self.metrics.write(line)
         if self.tracker is not None:
             self.tracker.log(line, line["step"])
+        if self.report is not None:
+            self.report.refresh()
 
     def _last_checkpoint(self) -> str:
         kept = list_checkpoints(self.directory.checkpoints)
@@ -446,7 +458,7 @@ class Trainer:
         batches = self.data.held_out(self.micro_batch, limit)
         with self.average.swapped() if self.average is not None else contextlib.nullcontext():
             result = score_batches(self.objective, nll, batches, self.byte_lengths, self.device, stopped, world=self.world)
-            settle(self.objective, self.world)
+            reshard(self.objective)
         return result
 
     def _save(self, required: bool) -> None:

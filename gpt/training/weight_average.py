@@ -10,9 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from gpt.training.gradients import local_part
+from gpt.runtime.sharding import local_part, reshard
 
 UPDATES = "updates"
 
@@ -58,24 +57,14 @@ class WeightAverage:
             self._swap()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: each parameter's average by its name, laid out as the parameter, and the number of updates."""
+        """What a checkpoint holds, and fills to go on: each parameter's average by its name, laid out as it, and the number of updates."""
         assert not self._swapped
         return {**self._averages, UPDATES: self._updates}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave, laid out in the same way."""
-        own = self.tensors()
-        assert own.keys() == tensors.keys(), sorted(own.keys() ^ tensors.keys())
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-    @torch.no_grad()
     def _swap(self) -> None:
         # A root that fsdp has gathered for a forward pass stays so until a backward pass, and would not see the change.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.model)
         for weight, average in zip(_local(self._weights), _local(self._averages), strict=True):
             held = weight.clone()
             weight.copy_(average)

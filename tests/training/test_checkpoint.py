@@ -89,13 +89,6 @@ def test_going_back_forgets_what_was_learned_since(tmp_path):
     assert_equal(model_tensors(model), then)
 
 
-def test_an_average_that_no_checkpoint_has_starts_as_the_weights(checkpoint):
-    model = tiny_model(1)
-    ema = {name: torch.zeros_like(t) for name, t in model_tensors(model).items()}
-    load_checkpoint(checkpoint, model, [], ema)
-    assert_equal(ema, model_tensors(model))
-
-
 def test_a_parameter_that_no_longer_trains_loses_its_state_and_a_new_one_starts_without(checkpoint, tmp_path):
     model = tiny_model(1, frozen=True)
     optimizers = optimizers_of(model)

@@ -22,7 +22,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from gpt import GPT, GPTConfig
 from gpt.config import OptimizerConfig
-from gpt.training.gradients import clip_factor, gradient_norm, local_part
+from gpt.runtime.sharding import local_part
+from gpt.training.gradients import clip_factor, gradient_norm
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.weight_average import WeightAverage
 
