@@ -204,6 +204,8 @@ class LiveReport:
 
 def main(arguments: list[str]) -> None:
     """Draw the page of the run directory in `arguments`, at the lowest priority, and print the seconds of a core that this took."""
+    if not arguments or not Path(arguments[0]).is_dir():
+        sys.exit("usage: python -m gpt.training.report <run directory>")
     stopped = arguments[1:] == ["stopped"]
     if not stopped:  # then somebody waits
         os.nice(19)

@@ -84,7 +84,7 @@ def describe_run(directory: Path) -> RunRow:
     state: State = (
         "running" if is_locked(directory)
         else "broken" if broken
-        else "finished" if done and (directory / "model" / "config.json").is_file()
+        else "finished" if done and os.path.isfile(directory / "model" / "config.json")
         else "interrupted" if step else "not started"
     )  # fmt: skip
     return RunRow(
@@ -98,7 +98,7 @@ def describe_run(directory: Path) -> RunRow:
 
 def is_run(directory: Path) -> bool:
     """Whether a folder is a run directory, whole or not."""
-    return any((directory / mark).exists() for mark in MARKS)
+    return any(os.path.exists(directory / mark) for mark in MARKS)  # which takes folders that are not for us to read
 
 
 def is_locked(directory: Path) -> bool:
@@ -251,7 +251,7 @@ def _started(directory: Path) -> str:
         started = None
     if isinstance(started, str):
         return started
-    times = [(directory / mark).stat().st_mtime for mark in (*MARKS, ".") if (directory / mark).exists()]
+    times = [(directory / mark).stat().st_mtime for mark in (*MARKS, ".") if os.path.exists(directory / mark)]
     return datetime.datetime.fromtimestamp(times[0] if times else 0, datetime.UTC).isoformat(timespec="seconds")
 
 
