@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import nn
+
 from gpt.errors import UserError
+from gpt.runtime.device import Device
 
 # micro_batch=auto: the most tokens of a pass. More make no step faster, and on a CPU, where memory is shared, nothing says when it is full.
 MOST_TOKENS = 16384
@@ -42,3 +46,15 @@ def largest_that_fits(attempt: Callable[[int], None], sizes: list[int]) -> int:
             raise
         problem = f"train.micro_batch=auto: not even {sizes[-1]} sequence fits into memory"
         raise UserError(f"{problem}; try train.activation_checkpointing=full, or parallel=fsdp") from error
+
+
+def try_pass(objective: nn.Module, device: Device, length: int, documents: bool, sequences: int) -> None:
+    """A forward and backward pass of `sequences` rows of `length` tokens, with documents or not, that leaves nothing behind."""
+    tokens = torch.zeros(sequences, length, dtype=torch.int64, device=device.type)
+    try:
+        with device.autocast():
+            loss = objective(tokens, tokens, tokens if documents else None)
+        loss.backward()
+        device.synchronize()
+    finally:
+        objective.zero_grad(set_to_none=True)

@@ -18,7 +18,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,23 +44,20 @@ from gpt.training.clock import StepClock
 from gpt.training.data import OneBatch, TrainingData, open_training_data
 from gpt.training.layout import lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
-from gpt.training.metrics import MetricsFile
-from gpt.training.micro_batch import divisors, largest_that_fits
+from gpt.training.micro_batch import divisors, largest_that_fits, try_pass
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.profile import Profiler
-from gpt.training.progress import Progress, say
-from gpt.training.report import LiveReport
+from gpt.training.progress import say
 from gpt.training.results import write_results
 from gpt.training.resuming import run_to_continue
 from gpt.training.run_directory import RunDirectory, new_run_id
 from gpt.training.schedule import learning_rate_factor
 from gpt.training.step import Counts, Step
-from gpt.training.tracking import open_tracker
+from gpt.training.watching import Watching
 from gpt.training.weight_average import WeightAverage
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_REWINDS = 5  # in a run
-_LAST_SECONDS = 3.0  # that a tracker gets of an interrupted run, which must be gone in ten
 
 
 @dataclass
@@ -178,7 +174,10 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         if config.train.micro_batch == "auto" and self.device.type != "cpu" and not world.is_divided:
-            self.micro_batch = self._fitting_micro_batch(sizes)
+            documents = config.on_examples or config.data.document_mask
+            self.micro_batch = largest_that_fits(partial(try_pass, self.objective, self.device, config.sequence_length, documents), sizes)
+            if self.micro_batch != sizes[0]:
+                self.say(f"micro-batches of {self.micro_batch} sequences: {sizes[0]} do not fit into memory")
         self.clock = StepClock(self.device)
         self.counts = Counts(self.state, torch.device(self.device.type))
         self.step = Step(
@@ -245,26 +244,6 @@ class Trainer:
         elif model.vocab_size > have:
             self.say(f"note: model.vocab_size={model.vocab_size}, but the tokenizer has {have} ids; the rest is never used")
 
-    def _fitting_micro_batch(self, sizes: list[int]) -> int:
-        """The largest micro-batch that fits into the memory of every process's device, found by trying."""
-        length, device = self.config.sequence_length, self.device
-
-        def attempt(sequences: int) -> None:
-            tokens = torch.zeros(sequences, length, dtype=torch.int64, device=device.type)
-            documents = tokens if self.config.on_examples or self.config.data.document_mask else None
-            try:
-                with device.autocast():
-                    loss = self.objective(tokens, tokens, documents)
-                loss.backward()
-                device.synchronize()
-            finally:
-                self.model.zero_grad(set_to_none=True)
-
-        found = largest_that_fits(attempt, sizes)
-        if found != sizes[0]:
-            self.say(f"micro-batches of {found} sequences: {sizes[0]} do not fit into memory")
-        return found
-
     # The loop
 
     def _train(self) -> int | None:
@@ -273,7 +252,6 @@ class Trainer:
         save_every = parse_span("checkpoint.every", config.checkpoint.every)
         keep = config.checkpoint
         writer = CheckpointWriter(self.directory.checkpoints, Retention(keep.keep_last, keep.keep_best, keep.keep_every), world.is_main)
-        self.metrics = MetricsFile(self.directory.metrics, state.step) if world.is_main else None
         self.agreement = Agreement(world)
         self.started = time.monotonic() - state.seconds
         self.busy, self.timed_steps, self.logged_step = 0.0, 0, state.step
@@ -282,17 +260,8 @@ class Trainer:
         self.objective.train()
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(StopRequest(watched=world.size > 1))
-            self.progress = stack.enter_context(
-                Progress(self.total_seconds or self.total_steps or 0, self.total_steps is None, quiet=not world.is_main)
-            )
-            self.tracker = self.report = None
-            if world.is_main:
-                name, folder = config.run.id, self.directory.path
-                self.tracker = open_tracker(config.tracking, name, folder, config.to_dict(), state.step, self.progress.say)
-                if self.tracker is not None:
-                    stack.callback(self.tracker.finish)
-                self.report = LiveReport(folder, say=self.progress.say)
-                stack.callback(self.report.close)
+            total, timed = self.total_seconds or self.total_steps or 0, self.total_steps is None
+            self.watching = stack.enter_context(Watching(config, self.directory, state.step, total, timed, world.is_main))
             profiler = Profiler(self.directory.path / "profile", self.device.type, self.say) if config.profile and world.is_main else None
             if profiler is not None:
                 stack.enter_context(closing(profiler))
@@ -308,7 +277,7 @@ class Trainer:
                     if profiler is not None:
                         profiler.close()
                 improved = self._validation_due(done) and self._validate()
-                if signalled or done or (improved is None):
+                if signalled or done or improved is None:
                     break
                 by_steps = save_every.unit == "steps"
                 due = state.step % save_every.amount == 0 if by_steps else state.seconds - saved_at > save_every.amount
@@ -328,12 +297,8 @@ class Trainer:
                     profiler.step()
             signalled = self._agree()
             self._save(required=True)
-            if signalled and self.tracker is not None:
-                self.tracker.finish(_LAST_SECONDS)
-            if signalled and self.report is not None:
-                self.report.close(stopped=True)
-        if self.metrics is not None:
-            self.metrics.close()
+            if signalled:
+                self.watching.stopped()
         return signalled or None
 
     def _agree(self) -> int:
@@ -404,9 +369,7 @@ class Trainer:
             "spikes": state.spikes,
         }
         self.busy, self.timed_steps, self.logged_step = 0.0, 0, state.step
-        self._write(line)
-        if self.world.is_main:
-            self.progress.update(line)
+        self.watching.log(line)
         for name in ("interval_loss", "interval_steps"):
             setattr(state, name, 0)
         self.counts.load(state)
@@ -416,34 +379,23 @@ class Trainer:
                 f"not finite; {self._last_checkpoint()}. Try a lower optimizer.lr (now {config.optimizer.lr:g}) or precision=fp32"
             )
 
-    def _write(self, line: dict[str, Any]) -> None:
-        """Metrics to the file, the tracker and the page."""
-        if self.metrics is not None:
-            self.metrics.write(line)
-        if self.tracker is not None:
-            self.tracker.log(line, line["step"])
-        if self.report is not None:
-            self.report.refresh()
-
     def _last_checkpoint(self) -> str:
         kept = list_checkpoints(self.directory.checkpoints)
         return f"the last checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
 
-    def _validate(self) -> bool:
-        """Validate on the fixed held-out windows; whether this is the best so far."""
+    def _validate(self) -> bool | None:
+        """Validate on the fixed held-out windows; whether this is the best so far, or None if it was interrupted."""
         state = self.state
         self.doing = f"validating at step {state.step}"
         with self.clock.spend("evaluation"):
             result = self._held_out(self.config.train.eval_tokens, lambda: bool(self._agree()))
-        if result is None:  # interrupted
-            return False
+        if result is None:
+            return None
         gc.collect()
         self.counts.store(state)
         state.validated_step, state.val_loss = state.step, result.loss
         figures = {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
-        self._write({"step": state.step, "tokens": state.tokens, "seconds": state.seconds, **figures})
-        if self.world.is_main:
-            self.progress.validated(result.loss, result.bits_per_byte)
+        self.watching.log({"step": state.step, "tokens": state.tokens, "seconds": state.seconds, **figures})
         if state.best_val_loss is not None and not result.loss < state.best_val_loss:
             return False
         state.best_val_loss, state.best_step = result.loss, state.step
@@ -469,7 +421,7 @@ class Trainer:
             averages = self.average.tensors() if self.average is not None else None
             self.writer.save(self.model, self.optimizers, self.state, self.data.manifest, averages)
             if problem := self.writer.problem():
-                self.progress.say(f"warning: {problem}; training goes on")
+                self.watching.say(f"warning: {problem}; training goes on")
             gc.collect()
             if required:
                 try:
@@ -482,9 +434,9 @@ class Trainer:
         """After a loss spike: weights and optimizer as of the newest checkpoint, and on with the data that follows the spike."""
         state = self.state
         self.writer.close()
-        newest = self.world.share(lambda: newest_whole(self.directory.checkpoints, self.progress.say))
+        newest = self.world.share(lambda: newest_whole(self.directory.checkpoints, self.watching.say))
         if newest is None or state.rewinds == _MOST_REWINDS:
-            self.progress.say(
+            self.watching.say(
                 f"loss spike at step {state.step}: left out ({'no checkpoint to go back to' if newest is None else 'too many'})"
             )
             return
@@ -493,10 +445,10 @@ class Trainer:
         for name in ("batch", "stream", "seconds", "spikes", "skipped_steps"):
             setattr(before, name, getattr(state, name))
         before.rewinds = state.rewinds + 1
-        self.progress.say(f"loss spike at step {state.step}: going back to step {before.step}, and on with other data")
-        self.state = before
-        self.counts.load(before)
-        self.logged_step = before.step
+        self.watching.say(f"loss spike at step {state.step}: going back to step {before.step}, and on with other data")
+        vars(state).update(vars(before))
+        self.counts.load(state)
+        self.logged_step = state.step
 
     # After the last step
 

@@ -30,8 +30,9 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
         self.decay = decay
-        self._weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        self._averages = {name: w.clone() for name, w in self._weights.items()}
+        # Parameters, and not what they hold now: FSDP may move that at the first forward pass.
+        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._averages = {name: p.detach().clone() for name, p in self._weights.items()}
         device = next(iter(self._weights.values())).device
         self._updates = torch.zeros((), device=device)  # a tensor: steps that are left out are known to the device only
         self._swapped = False
