@@ -1,0 +1,46 @@
+"""Trains several configs, one after another, in the processes that torchrun has started: `process_runs.py <folder of config files>`.
+
+A config file's name may ask for more: `frozen` in it freezes the embeddings and the first block; `nan` makes one gradient of the last
+process not a number at step 4.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from gpt.compose import load_config
+from gpt.model.transformer import GPT
+from gpt.training.step import Step
+from gpt.training.trainer import Trainer
+
+torch.set_num_threads(1)
+build, step = GPT.__init__, Step.__call__
+
+
+def build_frozen(model: GPT, config) -> None:
+    build(model, config)
+    for part in (model.embeddings, model.blocks[0]):
+        part.requires_grad_(False)
+
+
+def step_with_nan(self: Step, *arguments, **options) -> bool:
+    number = int(self.counts.values["losses"].item() + self.counts.values["skipped_steps"].item())
+    is_last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+    if number == 3 and is_last:
+        weight = self.model.get_parameter("blocks.1.attention.out.weight")
+        handle = weight.register_hook(lambda gradient: (gradient * float("nan"), handle.remove())[0])
+    return step(self, *arguments, **options)
+
+
+def main() -> None:
+    for file in sorted(Path(sys.argv[1]).glob("*.yaml")):
+        GPT.__init__ = build_frozen if "frozen" in file.name else build
+        Step.__call__ = step_with_nan if "nan" in file.name else step
+        config = load_config(file)
+        Trainer(config).fit()
+
+
+if __name__ == "__main__":
+    main()
