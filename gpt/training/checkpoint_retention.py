@@ -21,16 +21,17 @@ class Retention:
     keep_best: int = 1
     keep_every: int = 0
 
-    def superseded(self, whole: Mapping[int, float | None], damaged: set[int], best_step: int | None) -> list[int]:
+    def superseded(self, whole: Mapping[int, float | None], damaged: set[int], saved: int, best_step: int | None) -> list[int]:
         """The steps whose checkpoints are to be removed, oldest first.
 
         Args:
             whole: step -> validation loss at that step, or None, of every checkpoint that is whole.
             damaged: steps of those that are not: they go, unless they would stay for good.
+            saved: step of the checkpoint that was just saved, which stays even if there are later ones (the run went back).
             best_step: of the run, which always stays: at the end it is what is exported.
         """
         newest = sorted(whole)[-max(1, self.keep_last) :]
         validated = sorted((loss, step) for step, loss in whole.items() if loss is not None and math.isfinite(loss))
         best = [step for _, step in validated[: self.keep_best]]
         every = [step for step in {*whole, *damaged} if self.keep_every and step % self.keep_every == 0]
-        return sorted({*whole, *damaged} - {*newest, *best, *every, best_step})
+        return sorted({*whole, *damaged} - {*newest, *best, *every, saved, best_step})

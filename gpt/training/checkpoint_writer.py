@@ -156,14 +156,14 @@ class CheckpointWriter:
         self.saved, self.write_seconds = path, time.perf_counter() - started
         try:
             self._whole[path] = _stamp(path)
-            self._remove_superseded(best_step)
+            self._remove_superseded(step, best_step)
         except OSError as error:
             self._problem = f"checkpoints before that of step {step} could not be removed ({error})"
 
-    def _remove_superseded(self, best_step: int | None) -> None:
+    def _remove_superseded(self, saved: int, best_step: int | None) -> None:
         found = dict(list_checkpoints(self.directory))
         whole = {step: _validation_loss(path) for step, path in found.items() if self._is_whole(path)}
-        for step in self.retention.superseded(whole, found.keys() - whole.keys(), best_step):
+        for step in self.retention.superseded(whole, found.keys() - whole.keys(), saved, best_step):
             self._whole.pop(found[step], None)
             remove_checkpoint(found[step])
 

@@ -30,8 +30,8 @@ from gpt.training.checkpoint_writer import CheckpointWriter
 
 ROOT = Path(__file__).parents[2]
 TENSOR_PLAN = {"attention.q": 0, "attention.k": 0, "attention.v": 0, "attention.out": 1, "feedforward.up": 0, "feedforward.down": 1}
-CHAIN = [("fsdp", 4), ("ddp", 2), ("tensor", 4), ("fsdp+tensor", 4), ("none", 1), ("hybrid", 4), ("fsdp", 2), ("tensor", 2)]
-"""Layout and number of processes, each going on from the one before; the first two are also gone back."""
+CHAIN = [("fsdp", 4), ("ddp", 2), ("tensor", 4), ("none", 1), ("fsdp+tensor", 4), ("fsdp", 2), ("hybrid", 4), ("tensor", 2)]
+"""Layout and number of processes, each going on from the one before."""
 KINDS = {
     "muon, tied": {"optimizer": "muon", "tied": True, "frozen": False, "ema": True},
     "adamw, untied, frozen": {"optimizer": "adamw", "tied": False, "frozen": True, "ema": False},
@@ -161,7 +161,7 @@ def handed_on(tmp_path_factory) -> dict[tuple[str, int], Path]:
         ema = {key: t * 0.5 for key, t in model_tensors(model).items()} if kind["ema"] else None
         found[name, 0] = folder / f"{number}-0"
         save(found[name, 0], model, optimizers, TrainingState(step=1, tokens=64), ema)
-        for place, (layout, world) in enumerate([*CHAIN, *CHAIN[:2]], start=1):
+        for place, (layout, world) in enumerate(CHAIN, start=1):
             found[name, place] = folder / f"{number}-{place}"
             source = found[name, place - 1] / "step-00000001"
             work.append((layout, world, name, str(source), str(found[name, place])))
@@ -180,7 +180,7 @@ def handed_on(tmp_path_factory) -> dict[tuple[str, int], Path]:
     return found
 
 
-@pytest.mark.parametrize("place", range(1, len(CHAIN) + 3))
+@pytest.mark.parametrize("place", range(1, len(CHAIN) + 1))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layout_hands_on_what_it_was_given_bit_for_bit(handed_on, kind, place):
     given, got = (handed_on[kind, each] / "step-00000001" / COMPLETE for each in (0, place))

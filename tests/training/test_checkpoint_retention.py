@@ -26,7 +26,7 @@ def test_over_a_whole_run(retention, saves):
         if loss is not None and loss < best:
             best_step, best = step, loss
         before, broken = dict(kept), set(damaged)
-        gone = retention.superseded(kept, damaged, best_step)
+        gone = retention.superseded(kept, damaged, step, best_step)
         assert gone == sorted(gone)
         for old in gone:
             kept.pop(old, None)
@@ -61,4 +61,8 @@ def test_over_a_whole_run(retention, saves):
 )
 def test_by_example(retention, gone):
     """30 is the best of the run; 40 has a loss that is no number."""
-    assert retention.superseded({10: 2.5, 20: None, 30: 2.0, 40: math.nan, 50: 3.0}, set(), 30) == gone
+    assert retention.superseded({10: 2.5, 20: None, 30: 2.0, 40: math.nan, 50: 3.0}, set(), 50, 30) == gone
+
+
+def test_what_was_just_saved_stays_though_there_are_later_ones():
+    assert Retention(2, 0, 0).superseded({10: None, 20: None, 30: None, 15: None}, {5}, 15, None) == [5, 10]

@@ -93,7 +93,8 @@ def test_a_second_save_waits_for_the_first_and_both_are_right(tmp_path, held):
         if step == 2:
             threading.Timer(0.3, held.set).start()
         writer.save(model, [], TrainingState(step=step))
-    assert writer.stall_seconds > 0.2
+    assert held.is_set()
+    assert writer.stall_seconds > 0
     writer.close()
     for (_, path), expected in zip(list_checkpoints(tmp_path), weights, strict=True):
         assert torch.equal(load_file(path / "model.safetensors")["embeddings.tokens.weight"], expected)
@@ -332,9 +333,6 @@ def save_until_killed(directory: Path, model: GPT, optimizers: list[torch.optim.
                 tensor.fill_(step)
         for _ in range(2):
             writer.save(model, optimizers, TrainingState(step=step))
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(0)
             writer.wait()
             os.write(tell, b"%d\n" % step)
 
