@@ -28,7 +28,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrices with orthonormal rows (or columns), approximately.
 
     Args:
-        matrices: (M, rows, columns), a batch of equal shapes, in the dtype to compute in.
+        matrices: (M, rows, columns), a batch of equal shapes, in the dtype to compute in; not differentiated.
         steps: Newton-Schulz iterations.
 
     Returns:
@@ -37,10 +37,14 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).contiguous()
+    gram = x.new_empty(*x.shape[:-1], x.shape[-2])
+    polynomial, following = torch.empty_like(gram), torch.empty_like(x)
+    for _ in range(steps):  # x <- a x + b (x xT) x + c (x xT)^2 x, in memory taken once
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        torch.baddbmm(x, polynomial, x, beta=a, out=following)
+        x, following = following, x
     return x.mT if tall else x
 
 
@@ -138,6 +142,7 @@ class Muon(torch.optim.Optimizer):
     def _placements(self, p: Tensor) -> tuple[Placement, ...]:
         """How a batch of matrices like `p` lies on each of the mesh's dimensions."""
         if self.mesh is None:
+            assert not isinstance(p, DTensor) or p.device_mesh.size() == 1, "a matrix on many ranks, and no mesh to divide work over"
             return ()
         from torch.distributed.tensor import Replicate
 

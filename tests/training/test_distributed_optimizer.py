@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from gpt import GPT, GPTConfig
 from gpt.config import OptimizerConfig
@@ -68,9 +68,11 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def lay_out(model: GPT, mesh: DeviceMesh) -> None:
     names = mesh.mesh_dim_names or ()
     if "tensor" in names:
-        plan = {f"attention.{n}": ColwiseParallel() for n in "qkv"} | {f"feedforward.{n}": ColwiseParallel() for n in ("up", "gate")}
+        columns = ("attention.q", "attention.k", "attention.v", "feedforward.up", "feedforward.gate")
+        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
+        plan |= {name: RowwiseParallel() for name in ("attention.out", "feedforward.down")}
         for block in model.blocks:
-            parallelize_module(block, mesh["tensor"], plan | {n: RowwiseParallel() for n in ("attention.out", "feedforward.down")})
+            parallelize_module(block, mesh["tensor"], plan)
     if "shard" in names:
         over = mesh["data", "shard"] if "data" in names else mesh["shard"]
         for module in (*model.blocks, model):

@@ -43,6 +43,7 @@ def test_clipping_is_torchs(limit):
     nn.utils.clip_grad_norm_(theirs, limit, foreach=True)
     for p, q in zip(ours, theirs, strict=True):
         assert p.grad is not None
+        assert q.grad is not None
         assert torch.equal(p.grad * factor, q.grad)
 
 

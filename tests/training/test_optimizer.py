@@ -55,11 +55,11 @@ def test_muon_is_momentum_decay_and_orthogonal_steps():
     ours = [nn.Parameter(torch.randn(s)) for s in shapes]
     theirs, momenta = [p.detach().double() for p in ours], [torch.zeros(s, dtype=torch.float64) for s in shapes]
     optimizer = Muon(ours, lr=0.03, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
-    for _ in range(6):
+    for step in range(1, 7):
         gradients = [torch.randn(s) for s in shapes]
         for p, g in zip(ours, gradients, strict=True):
-            p.grad = 40 * g
-        optimizer.step(scale=torch.tensor(1 / 40))
+            p.grad = g * 10**step
+        optimizer.step(scale=torch.tensor(0.1**step))
         for p, m, g in zip(theirs, momenta, gradients, strict=True):
             m.mul_(0.9).add_(g, alpha=0.1)
             update = reference(0.1 * g + 0.9 * m)
@@ -167,13 +167,13 @@ def test_a_gradient_that_lies_in_memory_by_columns_is_read_by_its_rows():
 def test_a_step_that_is_left_out_leaves_no_trace(name, bad, dtype):
     """Also as the very first one, also where a weight is -0, and whatever scale comes of such gradients."""
     gpt = model()
-    with torch.no_grad():
-        for p in gpt.parameters():
-            p.view(-1)[::7] = -0.0
     twin = copy.deepcopy(gpt)
     config = OptimizerConfig(name=name)
     left_out, never_saw = (build_optimizers(config, m, dtype) for m in (gpt, twin))
     for step in range(4):
+        with torch.no_grad():
+            for p in (*gpt.parameters(), *twin.parameters()):
+                p.view(-1)[::7] = -0.0
         if step != 1:  # bad ones before steps 0, 2 and 3
             for p in gpt.parameters():
                 p.grad = torch.randn_like(p)
