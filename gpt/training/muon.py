@@ -142,7 +142,7 @@ class Muon(torch.optim.Optimizer):
     def _placements(self, p: Tensor) -> tuple[Placement, ...]:
         """How a batch of matrices like `p` lies on each of the mesh's dimensions."""
         if self.mesh is None:
-            assert not isinstance(p, DTensor) or p.device_mesh.size() == 1, "a matrix on many ranks, and no mesh to divide work over"
+            assert not is_sharded(p) or p.device_mesh.size() == 1, "a matrix on many ranks, and no mesh to divide work over"
             return ()
         from torch.distributed.tensor import Replicate
 

@@ -77,10 +77,11 @@ def test_every_layout_has_the_losses_of_one_process(text_run, tmp_path, cache_di
     """Text with accumulation, clipping, Muon and an average; masked examples of uneven length with frozen parts; 20 steps each."""
     model = save_small_model(tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl", SUMS)
-    examples = ["data=jsonl", f"data.paths=[{rows}]", f"init={model}", "train.batch_tokens=512", "train.budget=20steps", "data.packing=none"]
+    examples = ["data=jsonl", f"data.paths=[{rows}]", f"init={model}", "data.packing=none"]
+    examples += ["train.batch_tokens=512", "train.budget=20steps", "optimizer=muon"]
 
     def runs(name: str, *layout: str) -> dict[str, RunConfig]:
-        finetune = compose_run("finetune", [*settings(tmp_path, cache_dir), *examples, "optimizer=muon", *layout])
+        finetune = compose_run("finetune", [*settings(tmp_path, cache_dir), *examples, *layout])
         return {f"text-{name}": text_run(*TEXT, *layout), f"examples-frozen-{name}": finetune}
 
     launch(runs("one", "train.micro_batch=4"), tmp_path / "one", 1)
