@@ -100,6 +100,7 @@ def _start(config: RunConfig, processes: int) -> int:
         },
         max_restarts=config.launch.max_restarts,
     )  # fmt: skip
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds for a last checkpoint after a signal
     with tempfile.TemporaryDirectory(prefix="gpt-") as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -113,15 +114,19 @@ def _start(config: RunConfig, processes: int) -> int:
 
 
 def _failed(failures: dict[int, Any]) -> int:
-    """What the end of failed processes means: the exit code of the first one; if a signal ended it, nobody has said so yet."""
-    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
-    if killed:
-        rank, failure = min(killed.items(), key=lambda item: item[1].timestamp)
-        number = signal.Signals(-failure.exitcode)
-        hint = "; was it out of memory?" if number == signal.SIGKILL else ""
-        print(f"gpt: process {rank} of the run was ended by {number.name}{hint}, and the others with it", file=sys.stderr)
-        return 1
-    return min(failures.values(), key=lambda failure: failure.timestamp).exitcode
+    """The exit code for processes that have failed. What they raised they have said; of one that a signal ended nobody has."""
+    codes = [failure.exitcode for failure in sorted(failures.values(), key=lambda failure: failure.timestamp)]
+    if 2 in codes:
+        return 2
+    for rank, failure in failures.items():
+        number = -failure.exitcode
+        if number > 0 and number != signal.SIGTERM:  # which the others were sent because of it
+            hint = "; was it out of memory?" if number == signal.SIGKILL else ""
+            print(
+                f"gpt: process {rank} of the run was ended by {signal.Signals(number).name}{hint}, and the others with it", file=sys.stderr
+            )
+            return 1
+    return next((code for code in codes if code > 0), 128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from gpt.errors import UserError
 
 T = TypeVar("T")
 
+_joined = itertools.count()  # how often this process has met others
 _FIRST_FAILURE = "gpt/failed"  # key of the store in which processes count their failures
 
 
@@ -160,13 +162,6 @@ def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float)
     size = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
     if size == 1:
         return World()
-    if config.name == "none":
-        raise UserError(f"parallel=none is one process, and {size} were started; add parallel=ddp or parallel=fsdp")
-    if size % config.tensor:
-        raise UserError(f"parallel.tensor={config.tensor} does not divide the {size} processes")
-    if size // config.tensor % config.replicate:
-        left = f"{size // config.tensor} groups of parallel.tensor={config.tensor}" if config.tensor > 1 else f"{size} processes"
-        raise UserError(f"parallel.replicate={config.replicate} does not divide the {left}")
     for name in ("torch.distributed.tensor", "torch.distributed._functional_collectives"):
         logging.getLogger(name).setLevel(logging.ERROR)  # how DTensors are sent could be faster on gloo, each process warns
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
@@ -175,10 +170,17 @@ def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float)
             torch.accelerator.set_device_index(local_rank)
         timeout = datetime.timedelta(seconds=timeout_seconds)
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        # torch's elastic agent may keep its store from one attempt to the next, and with it the addresses of processes that are gone.
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # The store may be that of an earlier attempt, or run in these processes, with the addresses of connections that are gone.
+        store = dist.PrefixStore(f"gpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joined)}", store)
         backend = dist.get_default_backend_for_device(device_type)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    if config.name == "none":
+        raise UserError(f"parallel=none is one process, and {size} were started; add parallel=ddp or parallel=fsdp")
+    if size % config.tensor:
+        raise UserError(f"parallel.tensor={config.tensor} does not divide the {size} processes")
+    if size // config.tensor % config.replicate:
+        left = f"{size // config.tensor} groups of parallel.tensor={config.tensor}" if config.tensor > 1 else f"{size} processes"
+        raise UserError(f"parallel.replicate={config.replicate} does not divide the {left}")
     control = dist.new_group(backend="gloo")
     replicate = config.replicate if config.name == "fsdp" else size // config.tensor
     shape = (replicate, size // (replicate * config.tensor), config.tensor)

@@ -108,8 +108,11 @@ class Trainer:
             interrupted = self._train()
             if interrupted:
                 self.say(f"interrupted at step {self.state.step}; continue with: gpt {config.command} resume={self.directory.path}")
-                return Result(128 + interrupted, self.directory.path, self.state)
-            return self._finish()
+                result = Result(128 + interrupted, self.directory.path, self.state)
+            else:
+                result = self._finish()
+            self.world.leave()  # not after an error, which the processes first tell each other
+            return result
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in _DISK_FULL:
                 raise
@@ -123,7 +126,6 @@ class Trainer:
             ) from error
         finally:
             self.directory.release()
-            self.world.leave()
 
     # Before the first step
 

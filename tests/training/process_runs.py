@@ -1,9 +1,10 @@
 """Trains several configs, one after another, in the processes that torchrun has started: `process_runs.py <folder of config files>`.
 
-A config file's name may ask for more: `frozen` in it freezes the embeddings and the first block; `nan` makes one gradient of the last
+A config file's name may ask for more: `frozen` in it freezes the embeddings and the first block; `nan` makes gradients of the last
 process not a number at step 4.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,12 +26,20 @@ def build_frozen(model: GPT, config) -> None:
         part.requires_grad_(False)
 
 
+def spoil(module, inputs, output: torch.Tensor) -> None:
+    output.register_hook(lambda gradient: gradient * math.nan)
+
+
 def step_with_nan(self: Step, *arguments, **options) -> bool:
     number = int(self.counts.values["losses"].item() + self.counts.values["skipped_steps"].item())
     is_last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
     if number == 3 and is_last:
-        weight = self.model.get_parameter("blocks.1.attention.out.weight")
-        handle = weight.register_hook(lambda gradient: (gradient * float("nan"), handle.remove())[0])
+        block = self.model.blocks[1]
+        handle = block.register_forward_hook(spoil)
+        try:
+            return step(self, *arguments, **options)
+        finally:
+            handle.remove()
     return step(self, *arguments, **options)
 
 
