@@ -58,6 +58,7 @@ def _work(config: RunConfig) -> int:
     """Train as one of several processes, of which only the first to fail says why."""
     from gpt.runtime.distributed import is_first_failure, lost_the_others
 
+    _heed_the_launcher()
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.resume == "never":
         config.resume = "auto"  # what is there now is this run's own
     try:
@@ -67,6 +68,15 @@ def _work(config: RunConfig) -> int:
         if silent or not is_first_failure():
             _end(2 if isinstance(error, UserError) else 1)
         raise
+
+
+def _heed_the_launcher() -> None:
+    """Be sent a SIGTERM when the process that started this one is gone (Linux): a worker that nobody watches saves and ends."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+
+        set_parent_death_signal = 1  # prctl(2), PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _end(code: int) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -143,8 +144,6 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    import psutil
-
     return [child.pid for child in psutil.Process(process.pid).children() if "gpt.launch" in " ".join(child.cmdline())]
 
 
@@ -161,6 +160,17 @@ def test_a_process_that_dies_takes_the_others_with_it(command, tmp_path):
     assert stderr.count("gpt: ") == 1, stderr
     assert "process 1 of the run was ended by SIGKILL" in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a process that its parent is gone")
+def test_without_their_launcher_the_processes_save_and_end(command, tmp_path):
+    process = start(command("parallel=ddp", "train.budget=100000steps", "run.id=r", "checkpoint.every=1h"))
+    wait_for_step(tmp_path / "runs" / "r", 3, process)
+    both = workers(process)
+    process.kill()
+    _, stderr = process.communicate(timeout=30)  # which they hold open until they end
+    assert "interrupted at step" in stderr
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in both)
 
 
 def test_processes_are_started_again_and_go_on_from_the_last_checkpoint(command, tmp_path):

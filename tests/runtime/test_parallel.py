@@ -1,0 +1,87 @@
+"""What needs no second process; layouts over several are tested in tests/training/test_processes.py."""
+
+import copy
+
+import pytest
+import torch
+
+from gpt.config import ParallelConfig
+from gpt.model.config import GPTConfig
+from gpt.model.loss import LinearCrossEntropy
+from gpt.model.transformer import GPT
+from gpt.runtime.distributed import World, join_world, lost_the_others, waited_too_long
+from gpt.runtime.parallel import NextTokenLoss, checkpoint_activations
+
+CONFIG = {"vocab_size": 50, "context_length": 16, "n_layer": 4, "n_head": 2, "d_model": 32, "dropout": 0.3}
+
+
+def kept_bytes(objective: NextTokenLoss, tokens: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Bytes that the forward pass keeps for the backward pass, parameters aside; and the loss."""
+    parameters = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        torch.manual_seed(1)
+        loss = objective(tokens, tokens)
+    return sum(kept.values()), loss
+
+
+@pytest.mark.parametrize("how", ["full", "every_n", "selective"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_checkpointed_activations_change_nothing_but_the_memory(how, compiled):
+    torch.manual_seed(0)
+    plain = NextTokenLoss(GPT(GPTConfig(**CONFIG)), LinearCrossEntropy())
+    objective = copy.deepcopy(plain)
+    tokens = torch.randint(50, (8, 16))
+    checkpoint_activations(list(objective.model.blocks), how, 2)
+    if compiled:
+        for part in (plain, objective):
+            for block in part.model.blocks:
+                block.compile(dynamic=False, backend="aot_eager")
+    assert [name for name, _ in objective.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    (whole, loss), (less, same) = kept_bytes(plain, tokens), kept_bytes(objective, tokens)
+    if not compiled:
+        assert torch.equal(loss, same)
+        # Selective checkpointing keeps what it keeps in a place of its own, out of sight of the hooks.
+        assert less < {"full": 0.3, "every_n": 0.7, "selective": 0.7}[how] * whole
+    torch.manual_seed(1)
+    plain(tokens, tokens).backward()
+    torch.manual_seed(1)
+    objective(tokens, tokens).backward()
+    for (name, p), q in zip(plain.named_parameters(), objective.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name, **({"atol": 1e-5, "rtol": 1e-4} if compiled else {"atol": 0, "rtol": 0}))
+
+
+def test_one_process_is_a_world_of_its_own(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    world = join_world(ParallelConfig("ddp"), "cpu", 1)
+    assert world == World()
+    assert world.is_main
+    assert world.share(lambda: 3) == 3
+    assert world.main_first(lambda: 4) == 4
+    values = torch.ones(2)
+    assert world.sum_over_data(values) is values
+    assert world.work_mesh is None
+
+
+@pytest.mark.parametrize(
+    ("message", "lost", "late"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4321", True, False),
+        ("[pair.cc:547] Read error [127.0.0.1]: Connection reset by peer", True, False),
+        ("[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete", False, True),
+        ("mat1 and mat2 shapes cannot be multiplied", False, False),
+    ],
+)
+def test_errors_that_are_about_other_processes(message, lost, late):
+    error = RuntimeError(message)
+    assert lost_the_others(error) is lost
+    assert waited_too_long(error) is late
+    assert not lost_the_others(ValueError(message))
