@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from benchmark_data import batches, encoding
 from benchmark_inference import cache, decode, first_token, load
 from benchmark_preparation import preparation
+from benchmark_training import trainer_overhead, training
 
 from gpt.compose import compose_run
-from gpt.model.attention import _plain_causal_attention
+from gpt.model.attention import blockwise_causal_attention
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
@@ -61,11 +62,11 @@ def attention() -> None:
 def _attentions(B: int, T: int, H: int, D: int) -> dict[str, Callable[[], object]]:
     q, k, v = (torch.randn(B, T, H, D, device=DEVICE.type, dtype=DEVICE.dtype).transpose(1, 2).requires_grad_() for _ in range(3))
     gradient = torch.randn(B, H, T, D, device=DEVICE.type, dtype=DEVICE.dtype)
-    plain = torch.compile(_plain_causal_attention, dynamic=False)
+    compiled = torch.compile(blockwise_causal_attention, dynamic=False)
     return {
         "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient),
-        "two products around a softmax": lambda: _plain_causal_attention(q, k, v).backward(gradient),
-        "the same, compiled": lambda: plain(q, k, v).backward(gradient),
+        "products of blocks of queries around softmaxes": lambda: blockwise_causal_attention(q, k, v).backward(gradient),
+        "the same, compiled": lambda: compiled(q, k, v).backward(gradient),
     }
 
 
@@ -176,7 +177,7 @@ def startup() -> None:
 BENCHMARKS = {
     "startup": startup, "attention": attention, "loss": loss, "step": step, "documents": documents,
     "encoding": encoding, "batches": batches, "preparation": preparation,
-    "decode": decode, "cache": cache, "first_token": first_token, "load": load,
+    "training": training, "trainer_overhead": trainer_overhead, "decode": decode, "cache": cache, "first_token": first_token, "load": load,
 }  # fmt: skip
 
 

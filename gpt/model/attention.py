@@ -5,6 +5,8 @@ Shapes: B batch, T time of this call, S time attended to, H query heads, K key/v
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from gpt.model.config import GPTConfig
 from gpt.model.positions import rotate
 
-# On a CPU two batched products around a softmax, compiled into one loop, train faster than the fused kernel while the (T, S)
-# scores are small (benchmarks/RESULTS.md, "attention"); not compiled, or beyond this length, the fused kernel wins.
-PLAIN_ATTENTION_MAX_LENGTH = 512
+# On a CPU products of blocks of queries with the keys that they may see, around compiled softmaxes, train faster than the fused
+# kernel (benchmarks/RESULTS.md, "attention"); not compiled, or beyond this length, where the scores fill the memory, it is used.
+BLOCKWISE_MAX_LENGTH = 1024
+QUERY_BLOCK = 128
 
 
 class KVCache:
@@ -144,14 +147,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask
         q: (B, H, T, D).
         k, v: (B, K, S, D) with S >= T and H a multiple of K; attention is computed in their dtype.
         dropout: probability of dropping an attention weight.
-        mask: (1 or B, 1, T, S), added to the scores.
+        mask: (1 or B, 1, T, S), added to the scores; where T == S no query may see beyond its own place.
 
     Returns:
         (B, H, T, D) in q's dtype.
     """
     T, S = q.shape[2], k.shape[2]
-    if torch.compiler.is_compiling() and q.device.type == "cpu" and T == S <= PLAIN_ATTENTION_MAX_LENGTH and not dropout:
-        return _plain_causal_attention(q, k, v, mask)
+    if torch.compiler.is_compiling() and q.device.type == "cpu" and T == S <= BLOCKWISE_MAX_LENGTH and not dropout:
+        return blockwise_causal_attention(q, k, v, mask)
     dtype, heads = q.dtype, q.shape[1]
     if T == 1 and heads != k.shape[1]:
         q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # a group's queries see the same keys: (B, K, H/K, D)
@@ -166,17 +169,57 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask
     return y.reshape(y.shape[0], heads, T, -1).to(dtype)
 
 
-def _plain_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def blockwise_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`causal_attention` of T == S in blocks of queries, each with the keys up to its end only; made to be compiled.
+
+    The softmax is divided out after the product with v, and backward takes its row sums from the output (Dao et al.,
+    "FlashAttention", 2022): so a score is read twice and written once in forward, and backward takes no exponential.
+    """
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
     if mask is None:
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    else:
-        scores = scores + mask
-    return scores.softmax(-1).to(q.dtype) @ v
+        mask = torch.full((1, 1, T, T), float("-inf"), device=q.device).triu(1)
+    return cast(Tensor, _BlockwiseAttention.apply(q, k, v, mask))
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        outputs, saved = [], []
+        for start, end in _query_blocks(q):
+            scores = (q[:, :, start:end] @ k[:, :, :end].mT).float() * q.shape[-1] ** -0.5 + mask[:, :, start:end, :end]
+            weights = (scores - scores.amax(-1, keepdim=True)).exp()  # (B, H, block, end), not normalised
+            norm = 1 / weights.sum(-1, keepdim=True)
+            weights = weights.to(q.dtype)
+            outputs.append(((weights @ v[:, :, :end]).float() * norm).to(q.dtype))
+            saved += [weights, norm]
+        y = torch.cat(outputs, dim=2)
+        ctx.save_for_backward(q, k, v, y, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (gradient,) = outputs
+        q, k, v, y, *saved = ctx.saved_tensors
+        T, scale = q.shape[2], q.shape[-1] ** -0.5
+        row_sums = (gradient.float() * y.float()).sum(-1, keepdim=True)  # of weights times their gradients
+        q_gradients = []
+        k_gradient = v_gradient = torch.zeros((), device=q.device)
+        for (start, end), weights, norm in zip(_query_blocks(q), saved[::2], saved[1::2], strict=True):
+            block = (gradient[:, :, start:end].float() * norm).to(q.dtype)
+            of_weights = (block @ v[:, :, :end].mT).float()
+            of_scores = (weights.float() * (of_weights - row_sums[:, :, start:end] * norm)).to(q.dtype)
+            q_gradients.append(of_scores @ k[:, :, :end])
+            unseen = (0, 0, 0, T - end)
+            k_gradient = F.pad((of_scores.mT @ q[:, :, start:end]).float(), unseen) + k_gradient
+            v_gradient = F.pad((weights.mT @ block).float(), unseen) + v_gradient
+        return torch.cat(q_gradients, dim=2) * scale, (k_gradient * scale).to(q.dtype), v_gradient.to(q.dtype), None
+
+
+def _query_blocks(q: Tensor) -> list[tuple[int, int]]:
+    T = q.shape[2]
+    return [(start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK)]
 
 
 class Attention(nn.Module):

@@ -1,8 +1,8 @@
 """Next-token cross-entropy that never holds all the logits.
 
-Shapes: N tokens, C tokens of a chunk, E d_model, V vocabulary. The head's matrix product, the softmax and both gradients are
-made chunk by chunk while the chunk is in the cache; backward only scales them. On two CPU cores this takes half the time of
-`linear` + `cross_entropy` in bf16 (benchmarks/RESULTS.md, "loss").
+Shapes: N tokens, C tokens of a chunk, E d_model, V vocabulary, P V rounded up to a multiple of 64. The head's matrix product,
+the softmax and both gradients are made chunk by chunk while the chunk is in the cache; backward only scales them. On two CPU
+cores this takes half the time of `linear` + `cross_entropy` in bf16 (benchmarks/RESULTS.md, "loss").
 """
 
 from __future__ import annotations
@@ -17,44 +17,96 @@ from torch import Tensor, nn
 IGNORE = -100  # the target of a token that is not to be learned from, torch's convention
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (C, V), targets (C,) -> fp32 sum over valid targets of -log softmax(logits)[target]."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+_VOCABULARY_MULTIPLE = 64  # products with an odd number of columns are slower, by half on some GPUs
+_CPU_CHUNK = 512  # its logits stay in a CPU's cache
+_ACCELERATOR_LOGITS = 2**28  # bytes of a chunk's fp32 logits elsewhere, where large products are what is fast
+_ACCELERATOR_CHUNK = 4096
+_WORTH_GATHERING = 3 / 4  # of the rows: with more of them valid, picking them out saves too little
 
 
-def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_nll`, and its gradient with respect to the logits, (C, V) in their dtype."""
+def chunk_size(device_type: str, vocab_size: int) -> int:
+    """Tokens per chunk."""
+    if device_type == "cpu":
+        return _CPU_CHUNK
+    return max(128, min(_ACCELERATOR_CHUNK, _ACCELERATOR_LOGITS // (4 * vocab_size) // 128 * 128))
+
+
+def valid_rows(targets: Tensor, chunk: int) -> Tensor | None:
+    """The places of the targets that count, for the loss to compute no others; made on the host, so that no device is waited for.
+
+    Args:
+        targets: any shape, int64 with IGNORE, on the CPU.
+        chunk: tokens per chunk of the loss that is going to use them.
+
+    Returns:
+        (n,) int64 places in the flattened targets, n a multiple of chunk: those that count, then as many that do not as fill the
+        last chunk; None where so many count that it does not pay.
+    """
+    valid = targets.flatten() != IGNORE
+    rows = valid.nonzero().flatten()
+    missing = -len(rows) % chunk
+    if len(rows) + missing > _WORTH_GATHERING * len(valid):
+        return None
+    return torch.cat([rows, (~valid).nonzero().flatten()[:missing]])
+
+
+def _nll(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """logits (C, P), targets (C,) -> fp32 sum over valid targets of -log softmax(logits)[target]."""
+    return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+def _nll_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """As `_nll`, and its gradient with respect to the logits, (C, P) in their dtype."""
     wide = logits.float()
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    if vocab_size < logits.shape[-1]:
+        wide = wide.masked_fill(columns >= vocab_size, float("-inf"))
     peak = wide.amax(-1, keepdim=True)
     exp = (wide - peak).exp()
     total = exp.sum(-1, keepdim=True)
     valid = targets[:, None] != IGNORE  # (C, 1)
-    columns = torch.arange(logits.shape[-1], device=logits.device)
-    hit = columns == targets[:, None]  # (C, V)
+    hit = columns == targets[:, None]  # (C, P)
     at_target = torch.where(hit, wide, 0.0).sum(-1, keepdim=True)
     nll = torch.where(valid, total.log() + peak - at_target, 0.0).sum()
     gradient = torch.where(valid, exp / total - hit.float(), 0.0)
     return nll, gradient.to(logits.dtype)
 
 
+def _product_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head's weight (V, E) in the products' dtype; where that makes a copy, with rows of zeros up to P of them."""
+    missing = -len(weight) % _VOCABULARY_MULTIPLE
+    if weight.dtype == dtype or not missing:
+        return weight.to(dtype)
+    padded = weight.new_empty(len(weight) + missing, weight.shape[1], dtype=dtype)
+    padded[: len(weight)] = weight
+    padded[len(weight) :] = 0
+    return padded
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int, softmax: Callable[..., Any]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        chunks: list[slice | Tensor],
+        softmax: Callable[..., Any],
     ) -> Tensor:
-        narrow = weight.to(dtype)
-        hidden_gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        narrow = _product_weight(weight, dtype)  # (P, E)
+        hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros(narrow.shape, device=weight.device) if ctx.needs_input_grad[1] else None
         nll = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), chunk):
-            rows = hidden[start : start + chunk].to(dtype)  # (C, E)
-            part, gradient = softmax(rows @ narrow.T, targets[start : start + chunk])
+        for chunk in chunks:
+            rows = hidden[chunk].to(dtype)  # (C, E)
+            part, gradient = softmax(rows @ narrow.T, targets[chunk], len(weight))
             nll += part
             if hidden_gradient is not None:
-                torch.mm(gradient, narrow, out=hidden_gradient[start : start + chunk])
+                hidden_gradient[chunk] = gradient @ narrow
             if weight_gradient is not None:
                 weight_gradient += gradient.T @ rows
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient[: len(weight)])
         ctx.dtypes = hidden.dtype, weight.dtype
         return nll
 
@@ -74,10 +126,10 @@ class LinearCrossEntropy(nn.Module):
 
     Args:
         dtype: of the matrix products; log-sum-exp and the sums are always fp32.
-        chunk: tokens per chunk.
+        chunk: tokens per chunk; None: as many as suit the device and the vocabulary (`chunk_size`).
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, chunk: int = 512) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, chunk: int | None = None) -> None:
         super().__init__()
         self.dtype = dtype
         self.chunk = chunk
@@ -87,15 +139,29 @@ class LinearCrossEntropy(nn.Module):
         """Fuse the softmax part with `torch.compile(**options)`; the matrix products stay as they are."""
         self.softmax = torch.compile(_nll_and_gradient, **options)
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden (..., E), weight (V, E), targets (...) int64 with IGNORE where nothing is learned -> scalar fp32 sum."""
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The sum over the valid targets.
+
+        Args:
+            hidden: (..., E).
+            weight: (V, E).
+            targets: (...) int64 with IGNORE where nothing is learned.
+            rows: (n,) of `valid_rows(targets, chunk_size(...))`, on the device; the only places then looked at. None: all.
+
+        Returns:
+            Scalar, fp32.
+        """
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        size = self.chunk or chunk_size(hidden.device.type, len(weight))
+        chunks: list[slice | Tensor] = [slice(start, start + size) for start in range(0, len(hidden), size)]
+        if rows is not None:
+            chunks = list(rows.split(size)) if len(rows) else []
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             with torch.autocast(hidden.device.type, enabled=False):
-                return cast(Tensor, _Function.apply(hidden, weight, targets, self.dtype, self.chunk, self.softmax))
+                return cast(Tensor, _Function.apply(hidden, weight, targets, self.dtype, chunks, self.softmax))
         nll = hidden.new_zeros((), dtype=torch.float32)
-        narrow = weight.to(self.dtype)
+        narrow = _product_weight(weight, self.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, wanted in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True):
-                nll += _nll(rows.to(self.dtype) @ narrow.T, wanted)
+            for chunk in chunks:
+                nll += _nll(hidden[chunk].to(self.dtype) @ narrow.T, targets[chunk], len(weight))
         return nll

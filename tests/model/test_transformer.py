@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig
-from gpt.model.attention import KVCache, _plain_causal_attention, causal_attention, document_places
+from gpt.model.attention import KVCache, blockwise_causal_attention, causal_attention, document_places
+from gpt.model.feedforward import GELUTanh
 from gpt.model.positions import rotary_tables, rotate, sinusoidal_table
 
 SHAPES = {
@@ -215,13 +216,49 @@ def test_dropout_acts_only_in_training():
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_plain_attention_is_the_fused_one(heads):
+@pytest.mark.parametrize("length", [33, 128, 300])  # less than a block of queries, one, and two and a part
+@pytest.mark.parametrize("masked", [False, True])
+def test_blockwise_attention_and_its_gradients_are_those_of_the_fused_one(heads, length, masked):
     n_head, n_kv_head = heads
-    q, k, v = torch.randn(2, n_head, 33, 16), torch.randn(2, n_kv_head, 33, 16), torch.randn(2, n_kv_head, 33, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(_plain_causal_attention(q, k, v), causal_attention(q, k, v), atol=1e-5, rtol=1e-5)
-        _, mask = document_places(torch.randint(0, 3, (2, 33)).sort(-1).values, torch.float32)
-        torch.testing.assert_close(_plain_causal_attention(q, k, v, mask), causal_attention(q, k, v, mask=mask), atol=1e-5, rtol=1e-5)
+    shapes = [(2, n, length, 16) for n in (n_head, n_kv_head, n_kv_head)]
+    inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    mask = document_places(torch.randint(0, 3, (2, length)).sort(-1).values, torch.float32)[1] if masked else None
+    gradient = torch.randn(2, n_head, length, 16)
+    ours, fused = blockwise_causal_attention(*inputs, mask), causal_attention(*exact, mask=mask)
+    ours.backward(gradient)
+    fused.backward(gradient.double())
+    torch.testing.assert_close(ours.double(), fused, atol=1e-5, rtol=1e-5)
+    for x, y in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, atol=1e-4, rtol=1e-5)
+
+
+def test_blockwise_attention_in_bf16_is_as_close_as_the_fused_one():
+    exact = [torch.randn(2, 3, 256, 32).bfloat16().double().requires_grad_() for _ in range(3)]
+    gradient = torch.randn(2, 3, 256, 32).bfloat16()
+    reference = causal_attention(*exact)
+    reference.backward(gradient.double())
+
+    def errors(attention):
+        inputs = [x.detach().bfloat16().requires_grad_() for x in exact]
+        y = attention(*inputs)
+        y.backward(gradient)
+        pairs = [(y, reference), *((x.grad, e.grad) for x, e in zip(inputs, exact, strict=True))]
+        return [((ours.double() - exact).norm() / exact.norm()).item() for ours, exact in pairs]
+
+    for blockwise, fused in zip(errors(blockwise_causal_attention), errors(causal_attention), strict=True):
+        assert blockwise < max(2.5 * fused, 6e-3)
+
+
+def test_compiled_gelu_is_gelu():
+    x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e4, 1e4])])
+    compiled = torch.compile(GELUTanh(), dynamic=False, backend="aot_eager")
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, z = compiled(ours), torch.nn.functional.gelu(exact, approximate="tanh")
+    y.sum().backward()
+    z.sum().backward()
+    torch.testing.assert_close(y.double(), z, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=1e-6, rtol=1e-6)
 
 
 def test_sinusoidal_table_is_the_papers_formula():
