@@ -29,7 +29,7 @@ PRODUCT, PRODUCTS = 2048, 20  # width of the matrices whose product gives the ma
 TOKENS = BATCH * LENGTH
 
 
-class NoMoreSteps(Exception):  # noqa: N818: an end, not an error
+class NoMoreSteps(Exception):  # noqa: N818  (an end, not an error)
     """There are no more steps to do."""
 
 
@@ -99,7 +99,7 @@ def ours(pace: Pace, dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
     _loop(pace, model, build_optimizers(config.optimizer, model), forward)
 
 
-def trainer(pace: Pace, **settings: bool) -> None:
+def trainer(pace: Pace, **settings: Any) -> None:
     """transformers.Trainer."""
     import transformers
 
@@ -225,7 +225,7 @@ class Candidate:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115: open as long as the process is
+        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (open as long as the process is)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
         self.process = subprocess.Popen([sys.executable, __file__, name], **pipes)
 

@@ -50,21 +50,19 @@ def valid_rows(targets: Tensor, chunk: int) -> Tensor | None:
     return torch.cat([rows, (~valid).nonzero().flatten()[:missing]])
 
 
-def _nll(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     """logits (C, P), targets (C,) -> fp32 sum over valid targets of -log softmax(logits)[target]."""
-    return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
-def _nll_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """As `_nll`, and its gradient with respect to the logits, (C, P) in their dtype."""
     wide = logits.float()
-    columns = torch.arange(logits.shape[-1], device=logits.device)
-    if vocab_size < logits.shape[-1]:
-        wide = wide.masked_fill(columns >= vocab_size, float("-inf"))
     peak = wide.amax(-1, keepdim=True)
     exp = (wide - peak).exp()
     total = exp.sum(-1, keepdim=True)
     valid = targets[:, None] != IGNORE  # (C, 1)
+    columns = torch.arange(logits.shape[-1], device=logits.device)
     hit = columns == targets[:, None]  # (C, P)
     at_target = torch.where(hit, wide, 0.0).sum(-1, keepdim=True)
     nll = torch.where(valid, total.log() + peak - at_target, 0.0).sum()
@@ -83,6 +81,14 @@ def _product_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
+def _logits(rows: Tensor, narrow: Tensor, vocab_size: int) -> Tensor:
+    """rows (C, E), narrow (P, E) -> (C, P), with no probability left to the columns beyond the vocabulary."""
+    logits = rows @ narrow.T
+    if vocab_size < len(narrow):
+        logits[:, vocab_size:] = float("-inf")
+    return logits
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -96,11 +102,11 @@ class _Function(torch.autograd.Function):
     ) -> Tensor:
         narrow = _product_weight(weight, dtype)  # (P, E)
         hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
-        weight_gradient = torch.zeros(narrow.shape, device=weight.device) if ctx.needs_input_grad[1] else None
+        weight_gradient = torch.zeros(narrow.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         for chunk in chunks:
             rows = hidden[chunk].to(dtype)  # (C, E)
-            part, gradient = softmax(rows @ narrow.T, targets[chunk], len(weight))
+            part, gradient = softmax(_logits(rows, narrow, len(weight)), targets[chunk])
             nll += part
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = gradient @ narrow
@@ -163,5 +169,5 @@ class LinearCrossEntropy(nn.Module):
         narrow = _product_weight(weight, self.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in chunks:
-                nll += _nll(hidden[chunk].to(self.dtype) @ narrow.T, targets[chunk], len(weight))
+                nll += _nll(_logits(hidden[chunk].to(self.dtype), narrow, len(weight)), targets[chunk])
         return nll
