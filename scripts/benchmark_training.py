@@ -115,7 +115,7 @@ def trainer(pace: Pace, **settings: Any) -> None:
             tokens = torch.randint(VOCAB, (LENGTH,))
             return {"input_ids": tokens, "labels": tokens}
 
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # dropout: the others have none
+    none: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # dropout: the others have none
     shape = transformers.GPT2Config(
         vocab_size=VOCAB, n_positions=LENGTH, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, bos_token_id=0, eos_token_id=0, **none
     )
