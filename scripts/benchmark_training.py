@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def _batch() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def _loop(pace: Pace, model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+def _loop(pace: Pace, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     """The bare step: forward, backward, clip, update."""
     while True:
         pace.step()
@@ -96,7 +96,7 @@ def ours(pace: Pace, dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
             hidden = model.hidden_states(tokens)
         return loss(hidden, model.head.weight, targets) / TOKENS
 
-    _loop(pace, model, build_optimizers(config.optimizer, model), forward)
+    _loop(pace, model, build_optimizers(config.optimizer, model, dtype), forward)
 
 
 def trainer(pace: Pace, **settings: Any) -> None:

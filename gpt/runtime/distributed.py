@@ -89,10 +89,13 @@ class World:
             dist.all_reduce(values, group=self.data_group)
         return values
 
-    def wait_for_all(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            dist.barrier(group=self._control)
+    def least(self, value: int) -> int:
+        """The least of the processes' values."""
+        if self.size == 1:
+            return value
+        values = torch.tensor(value)
+        dist.all_reduce(values, op=dist.ReduceOp.MIN, group=self._control)
+        return int(values)
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Do some work that the others on this machine can profit from in one process first, however long it takes."""

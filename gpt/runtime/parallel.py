@@ -55,9 +55,9 @@ class NextTokenLoss(nn.Module):
         self.loss = loss
 
     def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """tokens, targets and documents (B, T) as in a `Batch` -> fp32 sum of the losses of the targets."""
+        """tokens, targets and documents (B, T) as in a `Batch`, rows as of `valid_rows` -> fp32 sum of the losses of the targets."""
         hidden = self.model.hidden_states(tokens, documents=documents)
-        return self.loss(hidden, self.model.head.weight, targets)
+        return self.loss(hidden, self.model.head.weight, targets, rows)
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], how: Literal["none", "full", "every_n", "selective"], n: int = 1) -> None:
@@ -136,6 +136,11 @@ def _summed(buffer: Tensor) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(buffer, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
+
+
+def unwrapped(objective: nn.Module) -> nn.Module:
+    """What DDP has surrounded: calling it sends nothing."""
+    return objective.module if isinstance(objective, DistributedDataParallel) else objective
 
 
 def accumulating(module: nn.Module, world: World, last: bool) -> AbstractContextManager[Any]:

@@ -14,10 +14,9 @@ from gpt.runtime.device import Device
 MOST_TOKENS = 16384
 
 
-def divisors(sequences: int, sequence_length: int) -> list[int]:
-    """Sizes of micro-batches that divide `sequences` and have at most MOST_TOKENS tokens, the largest first; at least 1."""
-    most = max(1, MOST_TOKENS // sequence_length)
-    return [d for d in range(min(sequences, most), 0, -1) if sequences % d == 0]
+def divisors(sequences: int, most: int) -> list[int]:
+    """Sizes of micro-batches that divide `sequences` and are at most `most`, the largest first; at least 1."""
+    return [d for d in range(min(sequences, max(1, most)), 0, -1) if sequences % d == 0]
 
 
 def largest_that_fits(attempt: Callable[[int], None], sizes: list[int]) -> int:

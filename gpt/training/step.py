@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gpt.data.batches import Batch
-from gpt.model.loss import IGNORE
+from gpt.model.loss import IGNORE, chunk_size, valid_rows
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device, widest_float
 from gpt.runtime.distributed import World
@@ -138,10 +137,10 @@ class Step:
             if stopped():
                 self._zero_grad()
                 return False
-            part = self._part(batch, first)
+            part, learned = self._part(batch, first)
             with accumulating(self.objective, self.world, last=first + self.micro_batch >= rows):
                 with self.clock.part("forward"), self.device.autocast():
-                    loss = self.objective(part.tokens, part.targets, part.documents)
+                    loss = self.objective(part.tokens, part.targets, part.documents, learned)
                 with self.clock.part("backward"):
                     loss.backward()
             nll += loss.detach()
@@ -176,18 +175,18 @@ class Step:
         self.grad_norm, self.spiked = norm, is_spike
         self._zero_grad()
 
-    def _part(self, batch: Batch, first: int) -> Batch:
-        """The rows of a micro-batch, on the device."""
+    def _part(self, batch: Batch, first: int) -> tuple[Batch, Tensor | None]:
+        """The rows of a micro-batch, and which of its targets count if they are few (`valid_rows`), on the device."""
+        those = slice(first, first + self.micro_batch)
 
-        def moved(rows: Tensor) -> Tensor:
-            return rows[first : first + self.micro_batch].to(self.device.type, non_blocking=True)
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(self.device.type, non_blocking=True)
 
-        return replace(
-            batch,
-            tokens=moved(batch.tokens),
-            targets=moved(batch.targets),
-            documents=None if batch.documents is None else moved(batch.documents),
-        )
+        targets = batch.targets[those]
+        learned = valid_rows(targets, chunk_size(self.device.type, self.model.config.vocab_size))
+        documents = None if batch.documents is None else batch.documents[those]
+        part = Batch(cast(Tensor, moved(batch.tokens[those])), cast(Tensor, moved(targets)), moved(documents))
+        return part, moved(learned)
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:

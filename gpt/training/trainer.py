@@ -31,9 +31,11 @@ from gpt.errors import UserError
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
 from gpt.inference.loading import load_model
 from gpt.model.transformer import GPT
+from gpt.runtime.allocator import keep_freed_memory
 from gpt.runtime.compiling import CompileAhead, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.distributed import Agreement, join_world, waited_too_long
+from gpt.runtime.parallel import unwrapped
 from gpt.runtime.peak import measured_peak_flops
 from gpt.runtime.sharding import reshard
 from gpt.runtime.signals import StopRequest
@@ -44,7 +46,7 @@ from gpt.training.clock import StepClock
 from gpt.training.data import OneBatch, TrainingData, open_training_data
 from gpt.training.layout import lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
-from gpt.training.micro_batch import divisors, largest_that_fits, try_pass
+from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_that_fits, try_pass
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.profile import Profiler
 from gpt.training.progress import say
@@ -95,6 +97,8 @@ class Trainer:
         """
         config = self.config
         self.device = find_device(config.device.name, config.precision, config.device.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         timeout = parse_span("launch.timeout", config.launch.timeout, ("seconds",)).amount
         self.world = join_world(config.parallel, self.device.type, timeout)
         self.say = say if self.world.is_main else lambda text: None
@@ -140,22 +144,15 @@ class Trainer:
                 f"train.batch_tokens={config.train.batch_tokens} is {self.sequences} sequences, which {world.data_size} processes cannot "
                 f"share evenly (nearest: {math.ceil(self.sequences / world.data_size) * world.data_size * config.sequence_length})"
             )
-        sizes = divisors(self.sequences // world.data_size, config.sequence_length)
-        self.micro_batch = (
-            sizes[0] if config.train.micro_batch == "auto" else min(config.train.micro_batch, self.sequences // world.data_size)
-        )
+        most = config.train.micro_batch if config.train.micro_batch != "auto" else MOST_TOKENS // config.sequence_length
+        sizes = divisors(self.sequences // world.data_size, most)
+        self.micro_batch = sizes[0]
         self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config))
         ahead = None
         if self.compiled and not world.is_divided:
             documents = config.on_examples or config.data.document_mask
-            ahead = CompileAhead(
-                self.device,
-                expected_model(config),
-                self.micro_batch,
-                config.sequence_length,
-                documents,
-                partial(prepare_blocks, config.train),
-            )
+            model, prepare = expected_model(config), partial(prepare_blocks, config.train)
+            ahead = CompileAhead(self.device, model, self.micro_batch, config.sequence_length, documents, prepare)
         checkpoint = world.share(self._checkpoint) if before is not None else None
         self.doing = "preparing the data"
         self.data = world.main_first(lambda: open_training_data(self._with_tokenizer(checkpoint), self.sequences, self.say))
@@ -177,7 +174,8 @@ class Trainer:
             self._resume(checkpoint)
         if config.train.micro_batch == "auto" and self.device.type != "cpu" and not world.is_divided:
             documents = config.on_examples or config.data.document_mask
-            self.micro_batch = largest_that_fits(partial(try_pass, self.objective, self.device, config.sequence_length, documents), sizes)
+            attempt = partial(try_pass, unwrapped(self.objective), self.device, config.sequence_length, documents)
+            self.micro_batch = world.least(largest_that_fits(attempt, sizes))
             if self.micro_batch != sizes[0]:
                 self.say(f"micro-batches of {self.micro_batch} sequences: {sizes[0]} do not fit into memory")
         self.clock = StepClock(self.device)
