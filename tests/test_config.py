@@ -40,6 +40,7 @@ NEEDS = {  # what an option cannot do without
     ("data", "mixture"): ["data.parts=[{source: text, paths: [a.txt], weight: 2}, {source: stdlib}]"],
     ("tokenizer", "pretrained"): ["tokenizer.path=gpt2"],
     ("experiment", "gpt2_from_scratch"): ["data.paths=[book.txt]"],
+    ("experiment", "char_fast"): ["data.paths=[book.txt]"],
 }
 NOT_TEXT = {("data", source) for source in EXAMPLE_SOURCES}  # what gpt pretrain cannot take
 
