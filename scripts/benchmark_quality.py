@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -154,7 +153,7 @@ def _ids(split: Split) -> np.ndarray:
 def _run(command: list[str]) -> tuple[str, float]:
     """What a process printed, and the seconds from its start to its end."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
     return done.stdout, time.perf_counter() - started
