@@ -168,19 +168,19 @@ def time_to_quality() -> None:
         part = prepare_corpus(config.data, config.tokenizer, T, lambda text: None).parts[0]
         for split, ids in (("train", _ids(part.train)), ("held_out", _ids(part.held_out))):
             np.save(folder / f"{split}.npy", ids)
+        print(f"\n### time to quality, {torch.get_num_threads()} threads; loss in nats per character of held-out text, in windows of {T}\n")
+        print("| seed | plain loop: loss | its loop, s | its process, s | ours: loss | its loop, s | its process, s | times faster |")
+        print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
         plain, ours = [], []
         for seed in SEEDS:
             printed, whole = _run([str(Path(__file__).resolve()), str(folder), str(seed)])
             plain.append({**json.loads(printed), "whole": whole})
             _, whole = _run(["-m", "gpt", "pretrain", *_settings(folder, seed)])
             ours.append({**_result(folder / "runs" / f"seed-{seed}", _ids(part.held_out)), "whole": whole})
+            pair = plain[-1], ours[-1]
+            cells = [f"{run[key]:.{digits}f}" for run in pair for key, digits in (("loss", 4), ("seconds", 1), ("whole", 1))]
+            print(f"| {seed} | {' | '.join(cells)} | {pair[0]['seconds'] / pair[1]['seconds']:.1f} |", flush=True)
     target = min(run["loss"] for run in plain)
-    print(f"\n### time to quality, {torch.get_num_threads()} threads; loss in nats per character of held-out text, in windows of {T}\n")
-    print("| seed | plain loop: loss | its loop, s | its process, s | ours: loss | its loop, s | its process, s | times faster |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for seed, a, b in zip(SEEDS, plain, ours, strict=True):
-        cells = [*(f"{run[key]:.{digits}f}" for run in (a, b) for key, digits in (("loss", 4), ("seconds", 1), ("whole", 1)))]
-        print(f"| {seed} | {' | '.join(cells)} | {a['seconds'] / b['seconds']:.1f} |")
     ratios = {key: statistics.median(a[key] / b[key] for a, b in zip(plain, ours, strict=True)) for key in ("seconds", "whole")}
     worst = max(run["loss"] for run in ours)
     print(f"\nparameters: plain {plain[0]['parameters']:,}, ours {ours[0]['parameters']:,}")
