@@ -16,9 +16,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from benchmark_checkpoint import checkpoints
 from benchmark_data import batches, encoding
 from benchmark_inference import cache, decode, first_token, load
 from benchmark_preparation import preparation
+from benchmark_quality import time_to_quality
 from benchmark_training import trainer_overhead, training
 
 from gpt.compose import compose_run
@@ -177,7 +179,8 @@ def startup() -> None:
 BENCHMARKS = {
     "startup": startup, "attention": attention, "loss": loss, "step": step, "documents": documents,
     "encoding": encoding, "batches": batches, "preparation": preparation,
-    "training": training, "trainer_overhead": trainer_overhead, "decode": decode, "cache": cache, "first_token": first_token, "load": load,
+    "training": training, "trainer_overhead": trainer_overhead, "quality": time_to_quality, "checkpoints": checkpoints,
+    "decode": decode, "cache": cache, "first_token": first_token, "load": load,
 }  # fmt: skip
 
 
