@@ -1,0 +1,335 @@
+"""Counts what small training runs keep in memory and send, to check the formulas of `scripts/scaling.py`.
+
+A run is what the trainer makes of it: `lay_out`, `Step` and the optimizers, in 1, 2 or 4 processes with gloo.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from gpt.config import ParallelConfig, RunConfig
+from gpt.data.batches import Batch
+from gpt.model.config import GPTConfig
+from gpt.model.transformer import GPT
+from gpt.runtime import parallel
+from gpt.runtime.device import Device
+from gpt.runtime.distributed import join_world
+from gpt.runtime.sharding import local_part
+from gpt.training.checkpoint import TrainingState
+from gpt.training.clock import StepClock
+from gpt.training.layout import lay_out
+from gpt.training.optimizer import build_optimizers
+from gpt.training.step import Counts, Step
+from gpt.training.weight_average import WeightAverage
+from scripts.scaling import (
+    FLOAT,
+    Case,
+    activations,
+    block_activations,
+    cast_weights,
+    loss_bytes,
+    passes,
+    ring,
+    row,
+    states,
+    traffic,
+    update,
+)  # fmt: skip
+
+
+class _Counting(TorchDispatchMode):
+    """Counts what is sent, as a ring sends it, and the bytes of all storages that operations have seen and that are still there."""
+
+    def __init__(self, lasting: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.sent: dict[str, float] = defaultdict(float)
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._see(lasting)
+
+    def _see(self, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                storage = held(tensor).untyped_storage()
+                self._storages[id(storage)] = weakref.ref(storage)
+
+    def live(self) -> int:
+        """Bytes now."""
+        self._storages = {key: ref for key, ref in self._storages.items() if ref() is not None}
+        return sum(storage.nbytes() for ref in self._storages.values() if (storage := ref()) is not None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = tree_leaves((args, kwargs))
+        self._see([*given, *tree_leaves(result)])
+        self.peak = max(self.peak, self.live())
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._count(func._schema.name.split("::")[1], func.namespace == "c10d", args, [t for t in given if isinstance(t, Tensor)])
+        return result
+
+    def _count(self, name: str, is_plain: bool, args: Any, tensors: list[Tensor]) -> None:
+        if name in ("wait_tensor", "_wrap_tensor_autograd", "barrier"):
+            return
+        if is_plain:
+            ranks = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)).size()
+        else:
+            ranks = dist.distributed_c10d._resolve_process_group(args[-1]).size()
+        size = max(t.nbytes for t in tensors)
+        if tensors[0].dtype == torch.float64 or name == "allgather_":
+            self.sent["other"] += ring(ranks, size * (ranks if name == "allgather_" else 2))
+        elif is_plain:  # DDP and FSDP; what is gathered stands among the arguments whole
+            self.sent["parameters" if name == "_allgather_base_" else "gradients"] += ring(ranks, size) * (1 + (name == "allreduce_"))
+        elif name == "all_reduce":
+            self.sent["activations"] += 2 * ring(ranks, size)
+        else:  # of DTensors, redistributed
+            assert name == "all_gather_into_tensor", name
+            self.sent["muon"] += ring(ranks, size * ranks)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages that tensors, or this rank's parts of them, lie in, each counted once."""
+    return sum({s.data_ptr(): s.nbytes() for s in (held(t).untyped_storage() for t in tensors)}.values())
+
+
+def held(tensor: Tensor) -> Tensor:
+    """The plain tensor that this rank holds of one."""
+    tensor = local_part(tensor.detach())
+    return getattr(tensor, "elem", tensor)  # of what a collective has not finished yet
+
+
+def saved_bytes(forward: Callable[[], Tensor], without: Iterable[Tensor], caches: list[Any]) -> tuple[int, Tensor]:
+    """What a forward pass keeps for backward, but for the storages of some tensors; and its result.
+
+    Args:
+        forward: the pass.
+        without: the tensors.
+        caches: filled by the pass with those of selective checkpointing, in which products are kept.
+    """
+    excluded = {held(t).untyped_storage().data_ptr() for t in without}
+    found: dict[int, torch.UntypedStorage] = {}  # kept: what is freed could lend its address to another
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = held(tensor).untyped_storage()
+        if storage.data_ptr() not in excluded:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    caches.clear()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    for value in (leaf for cache in caches for stored in cache.storage.values() for leaf in tree_leaves(stored)):
+        value = getattr(value, "val", value)
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                keep(leaf)
+    return sum(storage.nbytes() for storage in found.values()), result
+
+
+def count(case: Case) -> dict[str, float]:
+    """What a run of `case` really keeps and sends, seen from this process: the same keys as `expected`."""
+    dtype = torch.bfloat16 if case.width == 2 else torch.float32
+    device = Device("cpu", "", dtype, None)
+    name = "none" if case.ranks == 1 else "fsdp" if case.shards else "ddp"
+    config = RunConfig(model=replace(case.model), parallel=ParallelConfig(name, case.tensor, case.replicas if name == "fsdp" else 1))
+    config.train.activation_checkpointing = case.checkpointing  # type: ignore[assignment]
+    config.optimizer.name = case.optimizer  # type: ignore[assignment]
+    world = join_world(config.parallel, "cpu", 60)
+    torch.manual_seed(0)
+    caches: list[Any] = []
+
+    def contexts(*arguments: Any) -> Any:
+        made = create_selective_checkpoint_contexts(*arguments)
+        caches.append(made[0])
+        return made
+
+    with mock.patch.object(parallel, "create_selective_checkpoint_contexts", contexts):
+        layout = lay_out(config, lambda: GPT(case.model), False, world, device)
+    model, objective = layout.model, layout.objective
+    optimizers = build_optimizers(config.optimizer, model, dtype, world.work_mesh)
+    average = WeightAverage(model, 0.9) if case.ema else None
+    counts = Counts(TrainingState(), torch.device("cpu"))
+    step = Step(objective, model, optimizers, average, counts, world, device, case.micro_batch, 1.0, False, StepClock(device))
+    rows = torch.randint(case.model.vocab_size, (case.micro_batch * case.passes, case.length + 1))
+    batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None)
+    step(batch)
+
+    def forward() -> Tensor:
+        with device.autocast():
+            return objective(batch.tokens[: case.micro_batch], batch.targets[: case.micro_batch], None)
+
+    weights = list(model.parameters())
+    moments = [t for o in optimizers for state in o.state.values() for key, t in state.items() if key != "step"]
+    averages = [t for name, t in average.tensors().items() if name in dict(model.named_parameters())] if average is not None else []
+    found: dict[str, float] = {
+        "parameters": storage_bytes(weights),
+        "optimizer": storage_bytes(moments),
+        "average": storage_bytes(averages),
+    }
+    with parallel.accumulating(objective, world, last=False):
+        found["kept for backward"], loss = saved_bytes(forward, weights, caches)
+        loss.backward()
+    del loss
+    caches.clear()
+    step._zero_grad()
+    gc.collect()
+    kept = [held(t) for t in (*weights, *moments, *averages)]
+    with _Counting(kept) as counting:
+        before = counting.live()
+        with parallel.accumulating(objective, world, last=False):
+            forward().backward()
+        caches.clear()
+        gc.collect()
+        found["gradients between passes"] = counting.live() - before
+        with parallel.accumulating(objective, world, last=True):
+            forward().backward()
+    gradients = [p.grad for p in weights if p.grad is not None]
+    found["gradients"] = storage_bytes(gradients)
+    if name == "ddp" and not world.is_divided:
+        kept += [held(g) for g in gradients]  # its buckets
+    del gradients
+    step._zero_grad()
+    whole_update = step._update
+
+    def update_alone(nll: Tensor, targets: int, measure: bool) -> None:
+        found["peak of the passes"], counting.peak = counting.peak, 0
+        whole_update(nll, targets, measure)
+
+    step._update = update_alone
+    with _Counting(kept) as counting:
+        step(batch, measure=True)
+    found["peak of the update"] = counting.peak
+    found |= {f"sent: {what}": size for what, size in counting.sent.items()}
+    return found
+
+
+def expected(case: Case) -> dict[str, float]:
+    """What the formulas say of `count`'s figures."""
+    lasting, checkpointed = states(case), case.checkpointing != "none"
+    kept = activations(case) - (block_activations(case) if checkpointed else -cast_weights(case))
+    return {
+        **lasting, "gradients": FLOAT * case.elements(), "gradients between passes": FLOAT * case.elements(whole=case.is_divided),
+        "kept for backward": kept + loss_bytes(case),
+        "peak of the passes": sum(lasting.values()) + sum(passes(case).values()),
+        "peak of the update": sum(lasting.values()) + sum(update(case).values()),
+        **{f"sent: {what}": size for what, size in traffic(case, all_to_all=False).items()},
+    }  # fmt: skip
+
+
+SMALL = {
+    "GPT-2": GPTConfig(1024, 128, n_layer=4, n_head=4, d_model=256),
+    "Llama": GPTConfig(
+        1000, 128, n_layer=4, n_head=8, n_kv_head=4, d_model=256, d_ff=704, positions="rotary", norm="rmsnorm", activation="swiglu",
+        bias=False, tie_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def small(name: str, **changes: Any) -> Case:
+    """A case to measure: a model of a few million parameters, two passes of two sequences."""
+    model = SMALL[name]
+    return replace(Case(model, length=128, micro_batch=2, passes=2, ema=True, plain_rmsnorm=True), **changes)
+
+
+def work(rank: int, ranks: int, port: int, cases: Sequence[Case], folder: str) -> None:
+    """One of several processes: measure, and leave the figures in a file."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    found = [count(case) for case in cases]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(cases: Sequence[Case], seconds: float = 120) -> list[dict[str, float]]:
+    """The figures of rank 0, for cases of the same number of ranks."""
+    ranks = cases[0].ranks
+    if ranks == 1:
+        return [count(case) for case in cases]
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+        found.close()
+        context = torch.multiprocessing.start_processes(work, (ranks, port, cases, folder), ranks, join=False, start_method="spawn")
+        assert context is not None
+        deadline = time.monotonic() + seconds
+        try:
+            while not context.join(timeout=1):
+                assert time.monotonic() < deadline, f"not done after {seconds} seconds"
+        finally:
+            for process in filter(None, context.processes):
+                process.kill()
+                process.join()
+        return json.loads((Path(folder) / "0.json").read_text())
+
+
+EXACT = ("parameters", "optimizer", "average", "gradients")
+
+
+def not_said(case: Case) -> set[str]:
+    """What gloo does otherwise than the formulas say: without all-to-all, DTensor gathers sets of matrices."""
+    return ({"peak of the update"} if case.is_divided else set()) | ({"sent: muon"} if case.shards > 1 and case.tensor > 1 else set())
+
+
+CHECKED = {
+    1: {
+        "GPT-2, bf16": small("GPT-2"), "GPT-2, fp32": small("GPT-2", width=4), "GPT-2, adamw": small("GPT-2", optimizer="adamw", ema=False),
+        "Llama, bf16": small("Llama"), "Llama, fp32": small("Llama", width=4),
+        "Llama, full": small("Llama", checkpointing="full"), "Llama, selective": small("Llama", checkpointing="selective"),
+    },
+    2: {
+        "GPT-2, ddp": small("GPT-2", replicas=2), "GPT-2, fsdp": small("GPT-2", shards=2), "Llama, fsdp": small("Llama", shards=2),
+        "GPT-2, fsdp, 1 pass": small("GPT-2", shards=2, passes=1), "Llama, ddp, tensor 2": small("Llama", tensor=2),
+    },
+    4: {
+        "Llama, fsdp 4": small("Llama", shards=4), "GPT-2, hybrid 2 x 2": small("GPT-2", shards=2, replicas=2),
+        "GPT-2, fsdp 2, tensor 2": small("GPT-2", shards=2, tensor=2),
+        "Llama, fsdp 2, tensor 2": small("Llama", shards=2, tensor=2),
+    },
+}  # fmt: skip
+
+
+def check() -> bool:
+    """Print what small runs keep and send beside the formulas, in MB; whether all is as they say, to 5 % and states exactly."""
+    columns = list(expected(small("GPT-2")))
+    print(row("MB, and more than the formula", "ranks", *columns))
+    print(row("---", *["---:"] * (1 + len(columns))))
+    as_said = True
+    for ranks, cases in CHECKED.items():
+        for name, case, found in zip(cases, cases.values(), measure(list(cases.values())), strict=True):
+            formula, cells = expected(case), []
+            for what in columns:
+                if not (formula[what] or found.get(what)):
+                    cells.append("-")
+                    continue
+                more = found[what] / formula[what] - 1
+                as_said &= found[what] == formula[what] if what in EXACT else abs(more) < 0.05 or what in not_said(case)
+                cells.append(f"{found[what] / 1e6:.2f}" + ("" if found[what] == formula[what] else f" {more:+.1%}"))
+            print(row(name, ranks, *cells), flush=True)
+    return as_said
+
+
+if __name__ == "__main__":
+    sys.exit(not check())

@@ -1,0 +1,70 @@
+"""The formulas of docs/scaling.md: against the modules themselves, and against what small runs keep and send."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt import GPT, GPTConfig
+from scripts.scaling import Case, gpt2_xl, lean_peak, llama_8b, parameters, peak, states, tables
+from scripts.scaling_check import EXACT, SMALL, expected, measure, small
+
+QWEN2 = GPTConfig(
+    100, 16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, positions="rotary", norm="rmsnorm", activation="swiglu",
+    bias=False, qkv_bias=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [(gpt2_xl, 1557.6), (lambda: llama_8b(8192), 8030.3), *((lambda model=model: model, None) for model in (*SMALL.values(), QWEN2))],
+    ids=["GPT-2 XL", "Llama 8B", "small GPT-2", "small Llama", "Qwen2"],
+)
+def test_parameters_are_those_of_the_module(model, millions):
+    model = model()
+    with torch.device("meta"):
+        module = GPT(replace(model))
+    shapes = sorted(tuple(p.shape) for p in module.parameters())
+    assert sorted(shape for p in parameters(model) for shape in [p.shape] * p.count) == shapes
+    assert millions is None or round(Case(model).elements() / 1e6, 1) == millions
+
+
+def agrees(case: Case, found: dict[str, float], but: tuple[str, ...] = ()) -> None:
+    for what, formula in expected(case).items():
+        if what in EXACT:
+            assert found[what] == formula, what
+        elif what not in but:
+            assert found.get(what, 0) == pytest.approx(formula, rel=0.05), what
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"width": 4, "optimizer": "adamw"}, {"checkpointing": "selective"}], ids=["bf16", "fp32 adamw", "selective"]
+)
+@pytest.mark.parametrize("name", SMALL)
+def test_one_process_keeps_what_the_formulas_say(name, changes):
+    case = small(name, model=replace(SMALL[name], n_layer=2), **changes)
+    (found,) = measure([case])
+    agrees(case, found)
+
+
+def test_two_processes_keep_and_send_what_the_formulas_say():
+    odd = replace(SMALL["GPT-2"], n_layer=2, vocab_size=1023)  # rows that two ranks cannot share evenly
+    llama = replace(SMALL["Llama"], n_layer=2)
+    cases = [small("GPT-2", model=odd, replicas=2), small("GPT-2", model=odd, shards=2), small("Llama", model=llama, tensor=2)]
+    for case, found in zip(cases, measure(cases, seconds=60), strict=True):
+        agrees(case, found, ("peak of the update",) if case.is_divided else ())
+
+
+def test_more_shards_need_less():
+    whole = Case(llama_8b(8192), replicas=8, length=8192, checkpointing="full")
+    sharded = replace(whole, shards=8, replicas=1)
+    assert sum(states(sharded).values()) * 8 == pytest.approx(sum(states(whole).values()), rel=1e-4)
+    assert lean_peak(sharded) < peak(sharded) < peak(whole)
+
+
+def test_the_document_holds_the_tables(capsys):
+    tables()
+    document = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    missing = [line for line in capsys.readouterr().out.splitlines() if line not in document]
+    assert not missing, "print them with `python scripts/scaling.py`"
