@@ -29,7 +29,7 @@ def tiny_model(seed: int, tied: bool = True, frozen: bool = False) -> GPT:
 
 
 def optimizers_of(model: nn.Module, name: str = "muon") -> list[torch.optim.Optimizer]:
-    return build_optimizers(OptimizerConfig(name=name), model)  # type: ignore[arg-type]
+    return build_optimizers(OptimizerConfig(name=name), model, torch.float32)  # type: ignore[arg-type]
 
 
 def learn(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], seed: int = 0) -> None:

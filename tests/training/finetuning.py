@@ -3,6 +3,8 @@
 import copy
 import functools
 import json
+import os
+import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from gpt.config import RunConfig
 from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.model.config import GPTConfig
 from gpt.model.transformer import GPT
+from gpt.training.trainer import Result, Trainer
 
 CONTEXT = 64
 SUMS = [{"prompt": f"{a} plus {b} is ", "completion": f"{a + b:02d}."} for a in range(10) for b in range(12)]
@@ -76,3 +79,22 @@ def nats(model: GPT, rows: Sequence[dict[str, str]]) -> tuple[float, int]:
         total += F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
         count += len(completion) + 1
     return total, count
+
+
+def stop_in_the_middle(trainer: Trainer, step: int) -> Result:
+    """Run until a signal comes between two micro-batches of a step."""
+    set_up = trainer._set_up
+
+    def set_up_and_wait() -> None:
+        set_up()
+        part = trainer.step._part
+
+        def interrupt(batch, first):
+            if trainer.state.step == step and first > 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return part(batch, first)
+
+        trainer.step._part = interrupt
+
+    trainer._set_up = set_up_and_wait
+    return trainer.fit()

@@ -86,7 +86,7 @@ def test_the_card_of_a_run(run, corpus):
     assert metrics[0]["type"] == "bits_per_byte"
     assert 1 < metrics[0]["value"] < 8.5
     assert f"| {best:.3f} |" in card
-    assert f"| {metrics[0]['value']:.3f} |" in card
+    assert any(f"| {metrics[0]['value'] + rounding:.3f} |" in card for rounding in (-1e-4, 0, 1e-4))
     assert corpus.name in card
     assert str(corpus) not in card, "a card is given away: no paths of this machine"
     assert "trained from scratch" in card

@@ -1,8 +1,6 @@
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,18 @@ from gpt.model.transformer import GPT
 from gpt.training.checkpoint import MANIFEST, list_checkpoints
 from gpt.training.data import open_training_data
 from gpt.training.metrics import read_metrics
-from gpt.training.trainer import Result, Trainer
-from tests.training.finetuning import CHATS, CONTEXT, SUMS, compose_groups_once, finetune_config, nats, save_small_model, write_rows
+from gpt.training.trainer import Trainer
+from tests.training.finetuning import (
+    CHATS,
+    CONTEXT,
+    SUMS,
+    compose_groups_once,
+    finetune_config,
+    nats,
+    save_small_model,
+    stop_in_the_middle,
+    write_rows,
+)
 from tests.training.test_trainer import assert_same_run, losses
 
 
@@ -176,19 +184,6 @@ def test_two_sources_of_examples(tmp_path, init):
     trainer.fit()
     drawn = [(row != -100).sum() == 4 for step in range(4) for row in trainer.batches.batch(step).targets]
     assert sum(map(bool, drawn)) == 0.75 * len(drawn) == 0.75 * 1024
-
-
-def stop_in_the_middle(trainer: Trainer, step: int) -> Result:
-    """Run until a signal comes between two micro-batches of a step."""
-    part = trainer._part
-
-    def interrupt(batch, first):
-        if trainer.state.step == step and first > 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return part(batch, first)
-
-    trainer._part = interrupt
-    return trainer.fit()
 
 
 @pytest.mark.usefixtures("no_report")

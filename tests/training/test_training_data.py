@@ -1,6 +1,4 @@
 import math
-import os
-import signal
 import statistics
 import string
 import time
@@ -17,7 +15,7 @@ from gpt.errors import UserError
 from gpt.training.data import open_training_data
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
-from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, save_small_model, write_rows
+from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, save_small_model, stop_in_the_middle, write_rows
 from tests.training.test_trainer import assert_same_run, losses
 
 T = 64  # of debug=golden
@@ -101,15 +99,7 @@ def test_a_run_goes_on_exactly(kind, small, tmp_path):
     assert Trainer(config("whole", 7)).fit().exit_code == 0
     assert Trainer(config("parts", 2)).fit().state.step == 2
     second = Trainer(config("parts", 7))
-    part = second._part
-
-    def interrupt(batch, first):
-        if second.state.step == 4 and first == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return part(batch, first)
-
-    second._part = interrupt
-    result = second.fit()
+    result = stop_in_the_middle(second, 4)
     assert (result.exit_code, result.state.step) == (143, 4)
     assert Trainer(config("parts", 7)).fit().exit_code == 0
     assert len(losses(tmp_path / "runs/whole")) == 7
