@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +27,10 @@ from gpt.errors import UserError
 
 T = TypeVar("T")
 
+_COLLECTIVES = {
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "new_group",
+    "init_process_group", "reduce_scatter_tensor",
+}  # fmt: skip
 _joined = itertools.count()  # how often this process has met others
 _FIRST_FAILURE = "gpt/failed"  # key of the store in which processes count their failures
 
@@ -212,3 +217,13 @@ def lost_the_others(error: BaseException) -> bool:
 def waited_too_long(error: BaseException) -> bool:
     """Whether an error says that another process did not come in time."""
     return isinstance(error, RuntimeError) and bool(re.search(r"[Tt]imed out|[Tt]imeout|wait timeout", str(error)))
+
+
+def collective_of(error: BaseException) -> str:
+    """Which exchange an error came out of, by the functions that it passed."""
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    if "exchange" in names:
+        return "all_reduce (whether to stop)"
+    if found := [name for name in names if name in _COLLECTIVES]:
+        return found[-1]
+    return "all_reduce or reduce_scatter (gradients)" if "backward" in names else "all_gather (parameters)"

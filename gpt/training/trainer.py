@@ -34,7 +34,7 @@ from gpt.model.transformer import GPT
 from gpt.runtime.allocator import keep_freed_memory
 from gpt.runtime.compiling import CompileAhead, should_compile
 from gpt.runtime.device import find_device
-from gpt.runtime.distributed import Agreement, join_world, waited_too_long
+from gpt.runtime.distributed import Agreement, collective_of, join_world, waited_too_long
 from gpt.runtime.parallel import unwrapped
 from gpt.runtime.peak import measured_peak_flops
 from gpt.runtime.sharding import reshard
@@ -125,8 +125,8 @@ class Trainer:
             if self.world.size == 1 or not waited_too_long(error):
                 raise
             raise TimeoutError(
-                f"process {self.world.rank} waited {config.launch.timeout} (launch.timeout) for the others in vain while {self.doing} "
-                f"({_first_line(error)}); {self._last_checkpoint()}"
+                f"process {self.world.rank} waited {config.launch.timeout} (launch.timeout) for the others in vain while {self.doing}, in "
+                f"{collective_of(error)} ({_first_line(error)}); {self._last_checkpoint()}"
             ) from error
         finally:
             self.directory.release()
