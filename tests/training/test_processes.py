@@ -16,6 +16,7 @@ import yaml
 from gpt.compose import compose_run
 from gpt.config import RunConfig
 from gpt.training.metrics import read_metrics
+from tests.end_to_end.test_pretrain import wait_for_step
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 
 WORKER = Path(__file__).with_name("process_runs.py")
@@ -133,15 +134,6 @@ def command(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., list
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-m", "gpt", *arguments], stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(line["step"] >= step for line in read_metrics(run / "metrics.jsonl")):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was never reached: {process.stderr.read() if process.poll() is not None and process.stderr else ''}")
 
 
 def workers(process: subprocess.Popen) -> list[int]:
