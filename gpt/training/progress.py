@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -47,7 +48,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False)
+        with contextlib.suppress(OSError):  # a log file on a full disk: training goes on
+            self.console.print(text, markup=False)
 
     def validated(self, val_loss: float, val_bpb: float) -> None:
         """The latest validation, shown from here on."""
@@ -80,7 +82,8 @@ def fitting(parts: list[str], width: int) -> str:
 
 def say(text: str) -> None:
     """A line on stderr before and after the bar."""
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log file on a full disk: training goes on
+        print(text, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

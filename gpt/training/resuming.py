@@ -9,6 +9,7 @@ from typing import Any
 from gpt.compose import load_run
 from gpt.config import RunConfig
 from gpt.errors import UserError
+from gpt.training.checkpoint import list_checkpoints
 
 # Of the data, what a run that goes on may have another value of: where things lie and how they are prepared, not what they are.
 _MAY_CHANGE = ("data.paths", "data.parts", "data.cache_dir", "data.workers", "data.memory_mb", "data.licence")
@@ -24,10 +25,18 @@ def run_to_continue(config: RunConfig, directory: Path) -> RunConfig | None:
         UserError: there is one that may not be continued, or not with this config.
     """
     if not (directory / "config.yaml").is_file():
+        if checkpoints := list_checkpoints(directory / "checkpoints"):  # which a run from the beginning would replace
+            raise UserError(
+                f"run.id={config.run.id}: {directory} has no config.yaml, but {checkpoints[-1][1].name} of an earlier run; "
+                "put its config.yaml back, or choose another run.id"
+            )
         return None
     if config.resume == "never":
         raise UserError(f"run.id={config.run.id}: {directory} exists, and resume=never; choose another run.id")
-    before = load_run(directory)
+    try:
+        before = load_run(directory)
+    except UserError as error:
+        raise UserError(f"run.id={config.run.id}: the run cannot go on, for its config is damaged: {error}") from error
     keys = [*_MUST_STAY, *(key for key in _leaves("data", config.data) if key not in _MAY_CHANGE)]
     for key in (*keys, *_leaves("model", config.model), *_leaves("tokenizer", config.tokenizer)):
         now, then = _value(config, key), _value(before, key)

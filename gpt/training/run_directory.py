@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from gpt.config import RunConfig
+from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.runtime.device import Device
 
@@ -43,14 +44,19 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / "model"
-        self._lock = None
-        if not owned:
-            return
+        self._lock: FileLock | None = None
+        self._locked: int | None = None
+        self._described: tuple[RunConfig, Device, Tokenizer] | None = None
+        if owned:
+            self._claim(config)
+
+    def _claim(self, config: RunConfig) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")
             self._lock.acquire(timeout=0)
             (self.path / ".lock").touch()
+            self._locked = self._inode()
         except Timeout as error:
             raise UserError(
                 f"run.id={config.run.id}: another process is working in {self.path}; wait for it or choose another id"
@@ -58,28 +64,52 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir={config.run.dir}: cannot write {self.path} ({error.strerror})") from error
 
-    def write_config(self, config: RunConfig) -> None:
-        """Write config.yaml: resolved, enough to repeat the run."""
-        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-        self._write("config.yaml", text)
-
-    def write_environment(self, device: Device) -> None:
-        """Write environment.json: what a reader needs to understand a difference between two runs."""
+    def describe(self, config: RunConfig, device: Device, tokenizer: Tokenizer) -> None:
+        """Write what tells of the run, and suffices to repeat it: the resolved config.yaml, environment.json and tokenizer.json."""
+        self._described = config, device, tokenizer
+        self._write("config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
         self._write("environment.json", json.dumps(describe_environment(device), indent=1))
+        tokenizer.save(self.path / "tokenizer.json")
+
+    def restored(self) -> bool:
+        """Whether the folder had been removed, or its lock, and is there again, locked and described.
+
+        Raises:
+            UserError: it cannot be made, or another process has made it meanwhile.
+        """
+        if self._lock is None or self._described is None or self._inode() == self._locked:
+            return False
+        self._lock.release()
+        self._claim(self._described[0])
+        self.describe(*self._described)
+        return True
 
     def release(self) -> None:
         """Let other processes have it; a folder in which nothing came to be written is removed."""
         if self._lock is None:
             return
-        if [p.name for p in self.path.iterdir()] == [".lock"]:
+        if self.path.is_dir() and [p.name for p in self.path.iterdir()] == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()
         self._lock.release()
 
+    def _inode(self) -> int | None:
+        """Of the lock's file; None if there is none."""
+        try:
+            return os.stat(self.path / ".lock").st_ino
+        except FileNotFoundError:
+            return None
+
     def _write(self, name: str, text: str) -> None:
         aside = self.path / f".{name}.{os.getpid()}"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, self.path / name)
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may leave an empty file under the new name
+            os.replace(aside, self.path / name)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def describe_environment(device: Device) -> dict[str, Any]:

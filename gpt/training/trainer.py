@@ -186,9 +186,7 @@ class Trainer:
         )  # fmt: skip
         self.peak_flops = self.device.peak_flops
         if world.is_main:
-            self.directory.write_config(config)
-            self.directory.write_environment(self.device)
-            self.data.tokenizer.save(self.directory.path / "tokenizer.json")
+            self.directory.describe(config, self.device, self.data.tokenizer)
             if self.peak_flops is None and self.device.type == "cpu":
                 self.peak_flops = measured_peak_flops(self.device.dtype)
         size = self.model.num_parameters() / 1e6
@@ -269,7 +267,7 @@ class Trainer:
             prefetch = Prefetch(self.batches, state.batch, world.data_rank, world.data_size, pin=self.device.pins_memory)
             self.queue = stack.enter_context(closing(prefetch))
             stack.enter_context(_no_garbage_collection())
-            self.began, first = time.monotonic(), True
+            self.began, first = time.monotonic(), state.step + 1
             while True:
                 signalled = self._agree()
                 if done := self._done():
@@ -284,15 +282,14 @@ class Trainer:
                 if improved or (due and saved_step != state.step):
                     self._save(required=False)
                     saved_at, saved_step = state.seconds, state.step
+                if state.step == first and self.timed_steps:  # it takes longer, and would hide the time of the others, which come now
+                    self.busy, self.timed_steps, _ = 0.0, 0, self.clock.read()
                 if not self._next_step(stop_at_once):
                     break
                 if config.train.spike == "rewind" and self.step.spiked.item():
                     self._rewind()
                 if state.step % config.train.log_every == 0:
                     self._log()
-                elif first:  # it takes longer, and would hide the time of the others
-                    self.busy, self.timed_steps, _ = 0.0, 0, self.clock.read()
-                first = False
                 if profiler is not None:
                     profiler.step()
             signalled = self._agree()
@@ -367,9 +364,11 @@ class Trainer:
             "seconds": state.seconds,
             "skipped_steps": state.skipped_steps,
             "spikes": state.spikes,
+            "rewinds": state.rewinds,
         }
         self.busy, self.timed_steps, self.logged_step = 0.0, 0, state.step
         self.watching.log(line)
+        self._warn()
         for name in ("interval_loss", "interval_steps"):
             setattr(state, name, 0)
         self.counts.load(state)
@@ -418,10 +417,10 @@ class Trainer:
         self.doing = f"saving the checkpoint of step {self.state.step}"
         with self.clock.spend("checkpointing"):
             self.counts.store(self.state)
+            self.watching.keep()
             averages = self.average.tensors() if self.average is not None else None
             self.writer.save(self.model, self.optimizers, self.state, self.data.manifest, averages)
-            if problem := self.writer.problem():
-                self.watching.say(f"warning: {problem}; training goes on")
+            self._warn()
             gc.collect()
             if required:
                 try:
@@ -430,9 +429,15 @@ class Trainer:
                     problem = f"run.dir: the checkpoint of step {self.state.step} could not be written ({error})"
                     raise UserError(f"{problem}; {self._last_checkpoint()}") from error
 
+    def _warn(self) -> None:
+        """Say what went wrong with the checkpoints in the background."""
+        if problem := self.writer.problem():
+            self.watching.say(f"warning: {problem}; training goes on")
+
     def _rewind(self) -> None:
         """After a loss spike: weights and optimizer as of the newest checkpoint, and on with the data that follows the spike."""
         state = self.state
+        self.counts.store(state)
         self.writer.close()
         newest = self.world.share(lambda: newest_whole(self.directory.checkpoints, self.watching.say))
         if newest is None or state.rewinds == _MOST_REWINDS:

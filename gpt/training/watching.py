@@ -5,6 +5,7 @@ Of several processes only the main one shows anything; to the others all of this
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -44,7 +45,7 @@ class Watching:
         if self._is_main:
             path = self._directory.path
             self._metrics = MetricsFile(self._directory.metrics, self._step)
-            self._stack.callback(self._metrics.close)
+            self._stack.callback(lambda: self._metrics and self._metrics.close())
             self._tracker = open_tracker(self._config.tracking, path.name, path, self._config.to_dict(), self._step, self.say)
             if self._tracker is not None:
                 self._stack.callback(self._tracker.finish)
@@ -65,7 +66,9 @@ class Watching:
         """Metrics of training, or of a validation (with `val_loss` and `val_bpb`), with their `step`."""
         if self._metrics is None:
             return
-        self._metrics.write(line)
+        self.keep()
+        if problem := self._metrics.write(line):
+            self.say(f"warning: {self._directory.metrics} could not be written ({problem}); training goes on, and its lines wait for room")
         if "val_loss" in line:
             self._progress.validated(line["val_loss"], line["val_bpb"])
         else:
@@ -74,6 +77,13 @@ class Watching:
             self._tracker.log(line, line["step"])
         if self._report is not None:
             self._report.refresh()
+
+    def keep(self) -> None:
+        """Where someone has removed the run directory, make it again, so that what is still to come has a place."""
+        if self._metrics is not None and self._directory.restored():
+            self._metrics.close()
+            self._metrics = MetricsFile(self._directory.metrics, sys.maxsize)
+            self.say(f"warning: {self._directory.path} or its lock was removed while the run goes on; what comes now is kept")
 
     def stopped(self) -> None:
         """The run ends before its last step: what is still to be shown of it is, within seconds."""
