@@ -54,7 +54,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0.5)  # `gpt runs` holds it for a moment to see whether it is held
             (self.path / ".lock").touch()
             self._locked = self._inode()
         except Timeout as error:
