@@ -142,7 +142,7 @@ class DeviceConfig:
     name: DeviceName = "auto"
     """auto takes the accelerator that torch finds, else the CPU."""
     threads: int = 0
-    """CPU threads; 0: as many as torch takes by itself."""
+    """CPU threads; 0: one for each physical core that the process may use, or what OMP_NUM_THREADS says."""
 
 
 @dataclass

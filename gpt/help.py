@@ -26,6 +26,7 @@ EXAMPLES = {
         ("gpt pretrain model.n_layer=8 train.budget=10Mtokens", "a deeper model, for longer"),
         ("gpt pretrain experiment=quick device=cpu", "half a minute, to see every part work"),
         ("gpt pretrain resume=runs/<id>", "continue a run that was stopped"),
+        ("gpt pretrain parallel=ddp", "on every GPU of this machine; launch.nproc=2: in two processes, on a CPU too"),
         ("gpt pretrain -m optimizer.lr=0.003,0.01 model=nano,gpt2-mini", "every combination, one table"),
     ],
     "finetune": [
