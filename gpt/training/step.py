@@ -6,7 +6,6 @@ all processes decide alike, since they look at the same sums. What people see is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from gpt.runtime.device import Device, widest_float
 from gpt.runtime.distributed import World
 from gpt.runtime.parallel import accumulating, sum_partial_gradients
 from gpt.training.clock import StepClock
-from gpt.training.gradients import gradient_norm
+from gpt.training.gradients import clip_factor, gradient_norm
 from gpt.training.weight_average import WeightAverage
 
 # A loss is a spike if it is so many standard deviations above the mean of the latest ones, and so much in proportion (after OLMo-core's
@@ -115,7 +114,7 @@ class Step:
     ) -> None:
         self.objective, self.model, self.optimizers, self.average, self.counts = objective, model, optimizers, average, counts
         self.world, self.device, self.micro_batch, self.clock = world, device, micro_batch, clock
-        self.grad_clip, self.skip_spikes = grad_clip or math.inf, skip_spikes
+        self.grad_clip, self.skip_spikes = grad_clip, skip_spikes
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.grad_norm = self.spiked = torch.zeros((), device=device.type)
         self.update_norm: Tensor | None = None
@@ -161,7 +160,7 @@ class Step:
         if self.skip_spikes:
             apply &= ~is_spike
         apply = apply.float()
-        scale = ((self.grad_clip / (norm + 1e-6)).clamp(max=1.0) / valid).float()
+        scale = (clip_factor(norm, self.grad_clip) / valid).float()
         before = [p.detach().clone() for p in self.trainable] if measure else []
         for optimizer in self.optimizers:
             optimizer.step(scale=scale, apply=apply)
