@@ -7,7 +7,6 @@ machine whose speed drifts favours none. A peer that is not installed is left ou
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -15,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -308,24 +306,49 @@ def _report(seconds: dict[str, float], memory: dict[str, float | None]) -> None:
         print(f"6 operations per matrix parameter and token and all of attention's scores: {flops / 1e9:,.0f} GFLOP a step.")
 
 
-def trainer_overhead(rounds: int = 3, steps: int = 40) -> None:
-    """What our loop takes over the bare forward, backward and step, in turns of whole runs."""
-    bare = Candidate("ours, bf16, compiled")
-    bare.run(3)
-    ratios = []
+def trainer_overhead(pairs: int = 50) -> None:
+    """What a turn of our loop takes over the bare forward, backward, clip and step, in turn within one run of the trainer."""
+    from gpt.compose import compose_run
+    from gpt.training.trainer import Trainer
+
+    ratios: list[float] = []
+
+    class InTurn(Trainer):
+        """Every other step is a bare one, on the same model and with the same optimizers."""
+
+        turn, bare = None, 0.0
+
+        def _next_step(self, stop_at_once: bool) -> bool:
+            now = time.perf_counter()
+            if self.turn is not None:  # a turn of the loop ends where the next one begins
+                ratios.append((now - self.turn) / self.bare)
+            if self.state.step % 2:
+                self.turn = time.perf_counter()
+                return super()._next_step(stop_at_once)
+            batch, self.turn = self.queue.get(self.state.batch), None
+            started = time.perf_counter()
+            with self.device.autocast():
+                loss = self.objective(batch.tokens, batch.targets)
+            loss.backward()
+            scale = (1 / torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])).clamp(max=1.0)
+            for optimizer in self.optimizers:
+                optimizer.step(scale=scale / TOKENS)
+                optimizer.zero_grad()
+            self.bare = time.perf_counter() - started
+            self.state.step, self.state.batch = self.state.step + 1, self.state.batch + 1
+            self.busy, self.timed_steps = self.busy + self.bare, self.timed_steps + 1
+            self.clock.step()
+            return True
+
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds):
-            run = f"{folder}/{number}"
-            settings = [*MODEL, "data=text", f"data.paths=[{argparse.__file__}]", "tokenizer=byte", "compile=true"]
-            settings += [f"train.batch_tokens={TOKENS}", f"train.budget={steps}steps", "train.log_every=10", "train.eval_every=0"]
-            settings += [f"data.cache_dir={folder}/data", f"run.dir={folder}", f"run.id={number}"]
-            subprocess.run([sys.executable, "-m", "gpt", "pretrain", *settings], check=True, capture_output=True)
-            lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-            rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line][1:]
-            seconds = statistics.median(s for _ in range(steps // 2) if (s := bare.run(1)) is not None)
-            ratios.append(TOKENS / statistics.median(rates) / seconds)
-    bare.finish()
-    print(f"\n- our loop over the bare step: {statistics.median(ratios) - 1:+.1%} ({', '.join(f'{r - 1:+.1%}' for r in ratios)})")
+        settings = [*MODEL, "data=text", f"data.paths=[{argparse.__file__}]", "tokenizer=byte", "compile=true", "train.log_every=9"]
+        settings += [f"train.batch_tokens={TOKENS}", f"train.budget={2 * pairs + 6}steps", "train.eval_every=0", "train.sample_tokens=1"]
+        InTurn(compose_run("pretrain", [*settings, f"data.cache_dir={folder}/data", f"run.dir={folder}"])).fit()
+    found = sorted(ratios[3:])
+    low, middle, high = (found[len(found) * share // 4] - 1 for share in (1, 2, 3))
+    print(
+        f"\n- our loop over the bare step, {len(found)} pairs: {middle:+.1%} (quartiles {low:+.1%}, {high:+.1%}); mean {statistics.fmean(found) - 1:+.1%}"
+    )
 
 
 def _main() -> None:
