@@ -346,9 +346,8 @@ def trainer_overhead(pairs: int = 50) -> None:
         InTurn(compose_run("pretrain", [*settings, f"data.cache_dir={folder}/data", f"run.dir={folder}"])).fit()
     found = sorted(ratios[3:])
     low, middle, high = (found[len(found) * share // 4] - 1 for share in (1, 2, 3))
-    print(
-        f"\n- our loop over the bare step, {len(found)} pairs: {middle:+.1%} (quartiles {low:+.1%}, {high:+.1%}); mean {statistics.fmean(found) - 1:+.1%}"
-    )
+    mean = statistics.fmean(found) - 1
+    print(f"\n- our loop over the bare step, {len(found)} pairs: {middle:+.1%} (quartiles {low:+.1%}, {high:+.1%}); mean {mean:+.1%}")
 
 
 def _main() -> None:
