@@ -277,11 +277,11 @@ def _label(settings: dict[str, str]) -> str:
 
 def _run_all(plan: Sweep) -> int | None:
     """Run what is not finished; return the signal that stopped the sweep, if one did."""
-    todo = [run for run in plan.runs if run.config is not None]
-    _say(f"sweep {plan.id}: {len(todo)} runs in {plan.folder}")
+    valid = [run for run in plan.runs if run.config is not None]
+    _say(f"sweep {plan.id}: {len(valid)} runs in {plan.folder}")
     with StopRequest() as stop:
-        for number, run in enumerate(todo, 1):
-            head = f"[{number}/{len(todo)}] {_line(run.settings)}"
+        for number, run in enumerate(valid, 1):
+            head = f"[{number}/{len(valid)}] {_line(run.settings)}"
             if run.state == "finished":
                 _say(f"\n{head}: finished before")
                 continue

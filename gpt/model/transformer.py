@@ -6,7 +6,6 @@ Shapes: B batch, T time, E d_model, V vocab_size. Module names are a contract: f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +216,3 @@ class GPT(nn.Module):
         from gpt.model.huggingface import save_pretrained
 
         save_pretrained(self, directory, tokenizer, dtype, card)
-
-    def compile_blocks(self, compile: Callable[[nn.Module], None]) -> None:
-        """Hand each block to `compile`, in place: module names and checkpoints stay as they are."""
-        for block in self.blocks:
-            compile(block)

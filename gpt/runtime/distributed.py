@@ -15,7 +15,7 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,7 @@ class World:
             return make()
         found = [make() if self.is_main else None]
         dist.broadcast_object_list(found, src=0, group=self._control)
-        return found[0]  # type: ignore[return-value]
+        return cast(T, found[0])
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """The sum of the processes' values, in place; those of tensor parallelism, which have the same, count once."""

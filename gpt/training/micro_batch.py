@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ def largest_that_fits(attempt: Callable[[int], None], sizes: list[int]) -> int:
 
     find = find_executable_batch_size(try_size, starting_batch_size=next(remaining), reduce_batch_size_fn=lambda: next(remaining, 0))
     try:
-        return find()  # type: ignore[call-arg]
+        return cast(Callable[[], int], find)()  # the decorator gives the size
     except RuntimeError as error:
         if "No executable batch size" not in str(error):
             raise

@@ -366,9 +366,9 @@ def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
 
 
 def _mfu(lines: list[dict[str, Any]]) -> str:
-    """What of the chip's peak rate the model's arithmetic uses."""
+    """What of the chip's peak rate the model's arithmetic uses; of a CPU's the rate of a large product, measured at the start."""
     shares = [line["mfu"] for line in lines if is_finite(line.get("mfu"))]
-    return f"MFU {statistics.median(shares):.1%} of the chip's peak rate, median" if shares else ""
+    return f"MFU {statistics.median(shares):.1%}, median" if shares else ""
 
 
 def _step_times(lines: list[dict[str, Any]]) -> Chart | None:
