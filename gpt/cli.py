@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt import __version__
-from gpt.commands import COMMANDS
+from gpt.commands import COMMANDS, ModelUse
 from gpt.config import RunConfig
 from gpt.errors import UserError, exit_code_of
 
@@ -136,6 +136,10 @@ def _run_command(command: str, arguments: list[str], config_dir: Path | None, sh
 
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
+    if isinstance(config, ModelUse):
+        from gpt.runtime.environment import prepare_environment
+
+        prepare_environment(config.device_config)
     module, _, function = _RUNS[command].partition(":")
     return getattr(importlib.import_module(module), function)(config)
 

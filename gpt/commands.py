@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpt.config import DeviceName, Precision, RunConfig, at_least, check_seed
+from gpt.config import DeviceConfig, DeviceName, Precision, RunConfig, at_least, check_seed
 from gpt.data.config import DataConfig, LossOn, TokenizerConfig, holds_examples, validate_data, validate_text, validate_tokenizer
 from gpt.errors import UserError
 from gpt.typed import shown
@@ -28,6 +28,11 @@ class ModelUse:
     """int8: the matrices as 8-bit integers with a scale per row (torchao, weight-only); half the memory of bf16."""
     allow_pickle: bool = False
     """Read a checkpoint that is only there as pytorch_model.bin; nothing in it is run."""
+
+    @property
+    def device_config(self) -> DeviceConfig:
+        """The device as a training run names it."""
+        return DeviceConfig(self.device)
 
     def validate(self) -> None:
         """Raises UserError for values that cannot be."""

@@ -29,7 +29,7 @@ from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.typed import nearest, shown
 
-DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps", "neuron", "neuron_sim"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -143,6 +143,16 @@ class DeviceConfig:
     """auto takes the accelerator that torch finds, else the CPU."""
     threads: int = 0
     """CPU threads; 0: one for each physical core that the process may use, or what OMP_NUM_THREADS says."""
+    cache_dir: str = "~/.cache/gpt"
+    """neuron: compiled graphs are kept in its folder `neuron`, unless TORCH_NEURONX_NEFF_CACHE_DIR names another."""
+    strict: bool = True
+    """neuron: an operation that the device lacks ends the run, instead of running on the CPU unnoticed."""
+    unsupported: list[str] = field(default_factory=list)
+    """neuron_sim: operations that the rehearsed device is to lack, such as aten::topk."""
+    chip: Literal["trn2", "trn3"] = "trn2"
+    """neuron_sim: which chip is rehearsed."""
+    mfu: float = 0.3
+    """neuron_sim: the share of the chip's peak at which its time is estimated."""
 
 
 @dataclass
@@ -191,8 +201,12 @@ class LaunchConfig:
     """host:port of the machine with node_rank=0, where they meet."""
     max_restarts: int = 0
     """How often processes are started again, from the last checkpoint, when one has died."""
-    timeout: str = "10min"
-    """How long a process waits for the others before the run ends with an error."""
+    timeout: str | None = None
+    """How long a process waits for the others before the run ends with an error; null: 10min, and 2h on neuron, which compiles long."""
+
+    def patience(self, usual: float) -> float:
+        """Seconds of `timeout`; where it is null, the usual ones."""
+        return usual if self.timeout is None else parse_span("launch.timeout", self.timeout, ("seconds",)).amount
 
 
 @dataclass
@@ -416,7 +430,7 @@ def _validate_devices(c: RunConfig) -> None:
         ("launch.max_restarts", c.launch.max_restarts, 0),
     ):  # fmt: skip
         at_least(key, value, low)
-    parse_span("launch.timeout", c.launch.timeout, ("seconds",))
+    c.launch.patience(0)
     if c.launch.nproc != "auto":
         at_least("launch.nproc", c.launch.nproc, 1)
     if c.parallel.name == "none":

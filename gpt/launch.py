@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from gpt.compose import load_config
-from gpt.config import RunConfig, parse_span
+from gpt.config import RunConfig
 from gpt.errors import UserError, exit_code_of
+from gpt.runtime.environment import prepare_environment
 
 
 def launch(config: RunConfig) -> int:
     """Run a training run where its config says, and return the exit code."""
+    prepare_environment(config.device)
     from gpt.runtime.distributed import is_worker
 
     if is_worker():
@@ -47,11 +49,16 @@ def _processes(config: RunConfig) -> int:
     """How many to start on this machine."""
     if config.parallel.name == "none":
         return 1
-    if config.launch.nproc != "auto":
-        return config.launch.nproc
     from gpt.runtime.device import count_devices
 
-    return count_devices(config.device.name)
+    found = count_devices(config.device)
+    if config.launch.nproc == "auto":
+        return found or 1
+    if found is not None and found < config.launch.nproc:
+        raise UserError(
+            f"launch.nproc={config.launch.nproc}: each process needs a device, and there are {found} here; launch.nproc=auto takes them all"
+        )
+    return config.launch.nproc
 
 
 def _work(config: RunConfig) -> int:
@@ -105,7 +112,7 @@ def _start(config: RunConfig, processes: int) -> int:
         min_nodes=config.launch.nnodes, max_nodes=config.launch.nnodes, nproc_per_node=processes, run_id=config.run.id,
         rdzv_backend="c10d", rdzv_endpoint=config.launch.endpoint or "localhost:0",
         rdzv_configs={
-            "timeout": int(parse_span("launch.timeout", config.launch.timeout, ("seconds",)).amount),
+            "timeout": int(config.launch.patience(600)),
             "is_host": config.launch.node_rank == 0,
         },
         max_restarts=config.launch.max_restarts,

@@ -24,6 +24,7 @@ from benchmark_quality import time_to_quality
 from benchmark_training import trainer_overhead, training
 
 from gpt.compose import compose_run
+from gpt.config import DeviceConfig
 from gpt.model.attention import blockwise_causal_attention
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
@@ -31,7 +32,7 @@ from gpt.runtime.compiling import compile_model
 from gpt.runtime.device import find_device
 from gpt.training.optimizer import build_optimizers
 
-DEVICE = find_device("auto", "auto")
+DEVICE = find_device(DeviceConfig())
 
 
 def in_turn(candidates: dict[str, Callable[[], object]], runs: int = 9) -> dict[str, float]:
@@ -111,7 +112,7 @@ def step() -> None:
         model, loss = GPT(config.model).to(DEVICE.type), LinearCrossEntropy(DEVICE.dtype)
         model.tie()
         if compiled:
-            compile_model(model, loss)
+            compile_model(model, loss, DEVICE)
         optimizers = build_optimizers(config.optimizer, model, DEVICE.dtype)
 
         def run() -> None:
@@ -145,7 +146,7 @@ def documents() -> None:
         model, loss = GPT(config.model).to(DEVICE.type), LinearCrossEntropy(DEVICE.dtype)
         model.tie()
         if compiled:
-            compile_model(model, loss)
+            compile_model(model, loss, DEVICE)
 
         def run() -> None:
             with DEVICE.autocast():

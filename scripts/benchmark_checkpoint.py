@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from gpt.compose import compose_run
+from gpt.config import DeviceConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
@@ -31,14 +32,14 @@ def checkpoints() -> dict[str, float]:
     Returns:
         milliseconds by the table's rows.
     """
-    device = find_device("auto", "auto")
+    device = find_device(DeviceConfig())
     config = compose_run("pretrain", ["model.vocab_size=2048"])
     B, T = config.train.batch_tokens // config.model.context_length, config.model.context_length
     tokens = torch.randint(2048, (B, T + 1)).to(device.type)
     model, loss = GPT(config.model).to(device.type), LinearCrossEntropy(device.dtype)
     model.tie()
     optimizers = build_optimizers(config.optimizer, model, device.dtype)
-    compile_model(model, loss)
+    compile_model(model, loss, device)
 
     def step() -> float:
         started = time.perf_counter()

@@ -80,6 +80,7 @@ def ours(pace: Pace, dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
     from gpt.model.transformer import GPT
     from gpt.runtime.allocator import keep_freed_memory
     from gpt.runtime.compiling import compile_model
+    from gpt.runtime.cpu import Cpu
     from gpt.training.optimizer import build_optimizers
 
     if keep:
@@ -87,7 +88,7 @@ def ours(pace: Pace, dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
     config = compose_run("pretrain", MODEL)
     model, loss = GPT(config.model), LinearCrossEntropy(dtype)
     if compiled:
-        compile_model(model, loss)
+        compile_model(model, loss, Cpu("CPU", dtype))
 
     def forward(tokens: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

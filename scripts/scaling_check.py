@@ -34,7 +34,7 @@ from gpt.data.batches import Batch
 from gpt.model.config import GPTConfig
 from gpt.model.transformer import GPT
 from gpt.runtime import parallel
-from gpt.runtime.device import Device
+from gpt.runtime.cpu import Cpu
 from gpt.runtime.distributed import join_world
 from gpt.runtime.sharding import local_part
 from gpt.training.checkpoint import TrainingState
@@ -150,12 +150,12 @@ def saved_bytes(forward: Callable[[], Tensor], without: Iterable[Tensor], caches
 def count(case: Case) -> dict[str, float]:
     """What a run of `case` really keeps and sends, seen from this process: the same keys as `expected`."""
     dtype = torch.bfloat16 if case.width == 2 else torch.float32
-    device = Device("cpu", "", dtype, None)
+    device = Cpu("", dtype)
     name = "none" if case.ranks == 1 else "fsdp" if case.shards else "ddp"
     config = RunConfig(model=replace(case.model), parallel=ParallelConfig(name, case.tensor, case.replicas if name == "fsdp" else 1))
     config.train.activation_checkpointing = case.checkpointing  # type: ignore[assignment]
     config.optimizer.name = case.optimizer  # type: ignore[assignment]
-    world = join_world(config.parallel, "cpu", 60)
+    world = join_world(config.parallel, device, 60)
     torch.manual_seed(0)
     caches: list[Any] = []
 
@@ -169,7 +169,7 @@ def count(case: Case) -> dict[str, float]:
     model, objective = layout.model, layout.objective
     optimizers = build_optimizers(config.optimizer, model, dtype, world.work_mesh)
     average = WeightAverage(model, 0.9) if case.ema else None
-    counts = Counts(TrainingState(), torch.device("cpu"))
+    counts = Counts(TrainingState(), device)
     step = Step(objective, model, optimizers, average, counts, world, device, case.micro_batch, 1.0, False, StepClock(device))
     rows = torch.randint(case.model.vocab_size, (case.micro_batch * case.passes, case.length + 1))
     batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None)

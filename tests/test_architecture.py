@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "gpt.cli": {
         "gpt", "gpt.errors", "gpt.typed", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help",
         "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.data.command",
-        "gpt.inspection.command", "gpt.runs.command", "gpt.sweep",
+        "gpt.inspection.command", "gpt.runs.command", "gpt.sweep", "gpt.runtime.environment",
     },
     "gpt.sweep": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
     "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config"},
@@ -258,18 +258,24 @@ def _strings(node: ast.AST) -> Iterator[ast.Constant]:
         yield from _strings(child)
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("gpt.runtime")])
-def test_only_the_runtime_asks_for_cuda(module):
+# What knows one device from another: their own files, the model's table of kernels, and the doctor, who looks at each.
+KNOWS_DEVICES = re.compile(r"gpt\.runtime\.(device|cpu|cuda|mps|neuron\w*|environment)|gpt\.model\.kernels|gpt\.doctor(\.\w+)?")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not KNOWS_DEVICES.fullmatch(m)])
+def test_nothing_else_names_a_device(module):
     path = MODULES[module]
-    named = [f"{module}:{s.lineno}" for s in strings(path) if re.fullmatch(r"cuda(:\d+)?", s.value)]
+    named = [f"{module}:{s.lineno}" for s in strings(path) if re.fullmatch(r"(cuda|mps|neuron|neuron_sim)(:\d+)?", s.value)]
     if module == "gpt.typed":  # the spelling aid: who types gpu means cuda
         assert len(named) == 1
     else:
         assert not named, named
+    tree = list(ast.walk(parsed(path)))
+    asked = [f"{module}:{n.lineno}" for n in tree if isinstance(n, ast.Compare) and '"cpu"' in ast.unparse(n).replace("'", '"')]
     used = [
-        f"{module}:{n.lineno}" for n in ast.walk(parsed(path)) if isinstance(n, ast.Attribute) and ast.unparse(n).endswith("torch.cuda")
+        f"{module}:{n.lineno}" for n in tree if isinstance(n, ast.Attribute) and re.search(r"torch\.(cuda|mps)$|\.is_cuda$", ast.unparse(n))
     ]
-    assert not used, used
+    assert not asked + used, asked + used
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> int:
         raise UserError(f"output={config.output}: {'is a folder' if output.is_dir() else f'cannot write to the folder {output.parent}'}")
     tasks = find_tasks(config.tasks, config.tasks_dir) if config.tasks else None
     texts = [] if config.tasks or config.on_examples else _read(config)
-    device = find_device(config.device, config.precision)
+    device = find_device(config.device_config, config.precision)
     loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
     limit = loaded.model.config.context_length
     length = config.context_length or limit

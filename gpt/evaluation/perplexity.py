@@ -22,7 +22,7 @@ from gpt.data.batches import Batch
 from gpt.data.shards import TokenArray
 from gpt.model.loss import IGNORE
 from gpt.model.transformer import GPT
-from gpt.runtime.device import Device, widest_float
+from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
 
 
@@ -143,8 +143,7 @@ def score_batches(
             scored(len(ids))
     finally:
         model.train(was_training)
-    totals = torch.tensor([sums.item(), counted, n_bytes], dtype=widest_float(torch.device(device.type)), device=device.type)
-    total, tokens, size = world.sum_over_data(totals).tolist()
+    total, tokens, size = world.total([sums.item(), counted, n_bytes])
     return HeldOutLoss(total, round(tokens), round(size))
 
 

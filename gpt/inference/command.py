@@ -32,7 +32,7 @@ def generate(config: GenerateConfig) -> int:
     if any("\ud800" <= c <= "\udfff" for text in [*prompts, config.system] for c in text):
         raise UserError("prompt: it is not valid UTF-8")  # so Python holds bytes of the command line that it cannot decode
     started = time.perf_counter()
-    device = find_device(config.device, config.precision)
+    device = find_device(config.device_config, config.precision)
     loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
     if wrong := [i for i in config.stop_ids if not 0 <= i < loaded.model.config.vocab_size]:
         raise UserError(f"stop_ids={wrong[0]}: the model's ids go from 0 to {loaded.model.config.vocab_size - 1}")

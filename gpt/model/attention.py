@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.model.config import GPTConfig
+from gpt.model.kernels import kernels_of
 from gpt.model.positions import rotate
 
 # On a CPU products of blocks of queries with the keys that they may see, around compiled softmaxes, train faster than the fused
@@ -153,14 +154,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask
         (B, H, T, D) in q's dtype.
     """
     T, S = q.shape[2], k.shape[2]
-    if torch.compiler.is_compiling() and q.device.type == "cpu" and T == S <= BLOCKWISE_MAX_LENGTH and not dropout:
+    kernels = kernels_of(q.device.type)
+    if torch.compiler.is_compiling() and kernels.own_attention and T == S <= BLOCKWISE_MAX_LENGTH and not dropout:
         return blockwise_causal_attention(q, k, v, mask)
     dtype, heads = q.dtype, q.shape[1]
     if T == 1 and heads != k.shape[1]:
         q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # a group's queries see the same keys: (B, K, H/K, D)
-    elif mask is not None and q.device.type != "cpu" and heads != k.shape[1]:
-        # A GPU's memory-efficient kernel takes a mask but no groups; with groups all scores would be kept. torch's flex_attention takes
-        # both, skips what no query sees and is faster there for packed documents; it is not used yet.
+    elif mask is not None and not kernels.groups_with_mask and heads != k.shape[1]:
         k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
     y = F.scaled_dot_product_attention(
         q.to(k.dtype), k, v, attn_mask=None if mask is None else mask.to(k.dtype), dropout_p=dropout,

@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.model.kernels import kernels_of
+
 IGNORE = -100  # the target of a token that is not to be learned from, torch's convention
 
 
 _VOCABULARY_MULTIPLE = 64  # products with an odd number of columns are slower, by half on some GPUs
-_CPU_CHUNK = 512  # its logits stay in a CPU's cache
-_ACCELERATOR_LOGITS = 2**28  # bytes of a chunk's fp32 logits elsewhere, where large products are what is fast
-_ACCELERATOR_CHUNK = 4096
 _WORTH_GATHERING = 3 / 4  # of the rows: with more of them valid, picking them out saves too little
 
 
 def chunk_size(device_type: str, vocab_size: int) -> int:
     """Tokens per chunk."""
-    if device_type == "cpu":
-        return _CPU_CHUNK
-    return max(128, min(_ACCELERATOR_CHUNK, _ACCELERATOR_LOGITS // (4 * vocab_size) // 128 * 128))
+    kernels = kernels_of(device_type)
+    if not kernels.logits_bytes:
+        return kernels.logits_chunk
+    return max(128, min(kernels.logits_chunk, kernels.logits_bytes // (4 * vocab_size) // 128 * 128))
 
 
 def valid_rows(targets: Tensor, chunk: int) -> Tensor | None:

@@ -22,7 +22,6 @@ from gpt.runtime.device import Device
 # Compiling takes about 15 s on a cold cache and saves a third of the time of what follows.
 _PAYS_AFTER_SECONDS = 60
 _PAYS_AFTER_TOKENS = 256  # for the step that makes one token, on a GPU
-_ASSUMED_FLOPS = {"cpu": 2.5e11, "cuda": 2e14}  # eager, of a machine that is neither slow nor fast
 
 # What torch.compile may ask of a C++ compiler on x86.
 _VECTOR_FLAGS = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 -mfma"
@@ -46,7 +45,7 @@ def should_compile(
     if setting is True:
         return True, "compile=true"
     if flops is not None:
-        seconds = flops / _ASSUMED_FLOPS.get(device.type, 1e13)
+        seconds = flops / device.assumed_flops
     if seconds is not None and seconds < _PAYS_AFTER_SECONDS:
         return False, "not compiled: the run is too short for it to pay"
     return True, "compiled block by block"
@@ -100,7 +99,7 @@ class CompileAhead:
         prepare: Callable[[Sequence[nn.Module]], None],
     ) -> None:
         try:
-            if device.type == "cpu":
+            if device.is_host:
                 _skip_vector_probes()
                 threading.Thread(target=_parse_headers).start()
             model = GPT.materialise(dataclasses.replace(config, n_layer=1), device.type)
@@ -108,7 +107,7 @@ class CompileAhead:
                 torch.nn.init.constant_(p, 0.01)
             loss = LinearCrossEntropy(device.dtype)
             prepare(list(model.blocks))
-            compile_model(model, loss)
+            compile_model(model, loss, device)
             tokens = torch.zeros(micro_batch, length, dtype=torch.int64, device=device.type)
             with device.autocast():
                 hidden = model.hidden_states(tokens, documents=tokens if documents else None)
@@ -131,12 +130,12 @@ def _parse_headers() -> None:
         CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
 
 
-def compile_model(model: GPT, loss: LinearCrossEntropy) -> None:
+def compile_model(model: GPT, loss: LinearCrossEntropy, device: Device) -> None:
     """Compile each block and the loss's softmax in place, for fixed shapes; parameter names stay as they are."""
     _skip_vector_probes()
     for block in model.blocks:
-        block.compile(dynamic=False)
-    loss.compile_softmax(dynamic=False)
+        block.compile(**device.compile_options())
+    loss.compile_softmax(**device.compile_options())
 
 
 @functools.cache
@@ -162,7 +161,7 @@ def should_compile_decoding(setting: Literal["auto"] | bool, device: Device, tok
     """
     if setting is False:
         return False, "compile=false"
-    if setting == "auto" and device.type == "cpu":
+    if setting == "auto" and device.is_host:
         return False, "not compiled: on a CPU the packed weights are as fast without"
     if obstacle := device.compile_obstacle():
         return False, f"not compiled: {obstacle}"

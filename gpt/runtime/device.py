@@ -1,43 +1,62 @@
-"""The device a run computes on: the only place that knows one kind from another."""
+"""The device a run computes on: what the rest of the code may ask about it, so that nothing else needs to know one kind from another.
+
+Each kind has a file of its own (`cpu`, `cuda`, `mps`, `neuron`, `neuron_sim`); what several equal ways of computing cost on them, the model
+says itself (`gpt.model.kernels`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
-import shutil
-import sysconfig
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from gpt.config import DeviceConfig
 from gpt.errors import UserError
 
-# Dense bf16 TFLOP/s from the makers' data sheets. A chip that is not here has no MFU: better none than a guess.
-PEAK_TFLOPS = {
-    "A100": 312, "A10G": 70, "A30": 165, "A40": 149.7, "B200": 2250, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835,
-    "H100": 989, "H200": 989, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165.2, "RTX 5090": 209.5,
-}  # fmt: skip
+_WITHOUT_FLOAT64 = ("mps", "neuron")
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where to compute and in what precision.
+    """Where to compute and in what precision; this class is an accelerator that torch knows, each kind says in what it differs.
 
     Attributes:
-        type: torch's device type.
         description: for people.
         dtype: of the matrix products.
         peak_flops: dense floating-point operations a second in `dtype`, or None if not known.
+        type: torch's device type.
+        is_host: it computes in the host's memory, at once: there is nothing to wait for.
+        pins_memory: copies to it are faster from pinned memory, and may go on while it computes.
+        times_itself: its queue of work takes events that tell the time.
+        says_when_full: too large a batch is an error at once, so that the largest one can be found by trying.
+        fused_adamw: torch's fused AdamW runs on it, and heeds `grad_scale` and `found_inf`.
+        compiles_ahead: what is compiled in the background is found again when the model asks for it.
+        fixed_graphs: compiling takes so long that a run must not compile anything once it is under way.
+        decodes: it can make text token by token, with another length at each step.
+        process_group: torch's name of what processes talk through.
+        patience: seconds that processes wait for each other, where the config does not say.
+        assumed_flops: of a machine that is neither slow nor fast, without torch.compile.
     """
 
-    type: str
     description: str
     dtype: torch.dtype
-    peak_flops: float | None
+    peak_flops: float | None = None
+
+    type: ClassVar[str]
+    is_host: ClassVar[bool] = False
+    pins_memory: ClassVar[bool] = False
+    times_itself: ClassVar[bool] = True
+    says_when_full: ClassVar[bool] = True
+    fused_adamw: ClassVar[bool] = True
+    compiles_ahead: ClassVar[bool] = True
+    fixed_graphs: ClassVar[bool] = False
+    decodes: ClassVar[bool] = True
+    process_group: ClassVar[str] = "gloo"
+    patience: ClassVar[int] = 600
+    assumed_flops: ClassVar[float] = 1e13
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in `dtype` within the block."""
@@ -45,102 +64,124 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.type, self.dtype)
 
-    @property
-    def pins_memory(self) -> bool:
-        """Whether copies to it are faster from pinned memory, and may go on while it computes."""
-        return self.type == "cuda"
+    def prepare_training(self) -> list[str]:
+        """Set what only a training process needs; returns what people should know, a sentence each."""
+        return []
+
+    def claim(self, local_rank: int) -> None:
+        """Make the device of this process's number its own, before processes meet."""
+        torch.accelerator.set_device_index(local_rank)
 
     def synchronize(self) -> None:
-        """Wait for the device; a CPU has nothing to wait for."""
-        if self.type != "cpu":
-            torch.accelerator.synchronize()
+        """Wait for the device."""
+        torch.accelerator.synchronize()
 
     def memory_bytes(self) -> int | None:
         """Peak memory: of the process on a CPU, of the allocator on an accelerator; None where it is not known."""
-        if self.type == "cpu":
-            with contextlib.suppress(ImportError):  # there is no `resource` on Windows
-                import resource
+        return None
 
-                return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-            return None
-        return torch.accelerator.max_memory_allocated() if self.type == "cuda" else None
+    def memory_limit(self) -> int | None:
+        """Bytes of memory of one device; None where it is not known, or not the run's alone."""
+        return None
+
+    def measured_peak(self) -> float | None:
+        """`peak_flops`, or where no data sheet states it and it can be measured, the rate of a large matrix product."""
+        return self.peak_flops
 
     def compile_obstacle(self) -> str | None:
         """Why torch.compile cannot work here, or None."""
-        if self.type == "cpu":
-            if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
-                return "there is no C++ compiler"
-            if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-                return "Python's C headers are not installed"
-        elif self.type == "mps":
-            return "torch.compile on mps is not used"
+        return None
+
+    def compile_options(self) -> dict[str, Any]:
+        """For torch.compile; every shape is fixed."""
+        return {"dynamic": False}
+
+    def after_first_step(self) -> str | None:
+        """Called when a step has been done: what is wrong with how it went, or None.
+
+        Raises:
+            UserError: so wrong that the run should not go on.
+        """
         return None
 
 
-def count_devices(name: str) -> int:
-    """How many processes a run on this kind of device has on this machine: one per accelerator, or one."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.accelerator.device_count() if accelerator is not None and name in ("auto", accelerator.type) else 1
-
-
-def find_device(name: str, precision: str, threads: int = 0, processes: int = 1) -> Device:
+def find_device(config: DeviceConfig, precision: Literal["auto", "bf16", "fp32"] = "auto", processes: int = 1) -> Device:
     """The device that a config asks for.
 
     Args:
-        name: auto, cpu, cuda or mps.
-        precision: auto, bf16 or fp32.
-        threads: CPU threads; 0: one for each physical core that this process may use, unless OMP_NUM_THREADS says otherwise.
+        config: the section `device`.
+        precision: of the matrix products; auto: bf16 where the chip multiplies it.
         processes: of the run on this machine, which share its cores.
 
     Raises:
         UserError: it is not there; the message says what is.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    found = accelerator.type if accelerator is not None else "cpu"
-    if name not in ("auto", "cpu", found):
-        hint = " (this torch was built without CUDA)" if name == "cuda" and not torch.backends.cuda.is_built() else ""
-        raise UserError(f"device={name}: there is none here{hint}; found: {found}. device=auto takes what there is")
-    kind = found if name == "auto" else name
-    if threads or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads or max(1, usable_cores() // processes))
+    from gpt.runtime.cpu import set_threads
+
+    if config.name == "neuron_sim":
+        from gpt.runtime.neuron import find_simulated_neuron
+
+        set_threads(config.threads, processes)
+        return find_simulated_neuron(config, precision)
+    found = _accelerator()
+    if config.name not in ("auto", "cpu", found):
+        raise UserError(f"device={config.name}: there is none here{_why_not(config.name)}; found: {found}. device=auto takes what there is")
+    kind = found if config.name == "auto" else config.name
+    set_threads(config.threads, processes)
     if kind == "cuda":
-        torch.set_float32_matmul_precision("high")
-        title = torch.cuda.get_device_name()
-        dtype = _dtype(precision, torch.cuda.is_bf16_supported(including_emulation=False))
-        peak = next((tflops for chip, tflops in sorted(PEAK_TFLOPS.items(), key=lambda i: -len(i[0])) if chip in title), None)
-        return Device(kind, title, dtype, peak * 1e12 if peak and dtype == torch.bfloat16 else None)
-    if kind == "cpu":
-        dtype = _dtype(precision, _cpu_multiplies_bf16())
-        return Device(kind, f"CPU, {torch.get_num_threads()} threads", dtype, None)
-    return Device(kind, kind.upper(), _dtype(precision, chip_has_it=False), None)
+        from gpt.runtime.cuda import find_cuda
+
+        return find_cuda(precision)
+    if kind == "neuron":
+        from gpt.runtime.neuron import find_neuron
+
+        return find_neuron(config, precision)
+    if kind == "mps":
+        from gpt.runtime.mps import find_mps
+
+        return find_mps(precision)
+    if kind != "cpu":
+        raise UserError(f"device={config.name}: torch offers {kind}, for which there is no code here; use device=cpu")
+    from gpt.runtime.cpu import find_cpu
+
+    return find_cpu(precision)
 
 
-def usable_cores() -> int:
-    """Physical cores that this process may use: those of its CPU affinity, within the quota of its container."""
-    try:
-        allowed = os.sched_getaffinity(0)
-        topology = Path("/sys/devices/system/cpu")
-        siblings = {(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text() for cpu in allowed}
-        cores = len(siblings)
-    except (AttributeError, OSError):  # not Linux, or it does not say
-        cores = torch.get_num_threads()
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return max(1, cores)
+def count_devices(config: DeviceConfig) -> int | None:
+    """How many devices of the kind that a config asks for this machine has; None: processes share one, however many they are."""
+    found = _accelerator()
+    if found == "cpu" or config.name not in ("auto", found):
+        return None
+    if found == "neuron":
+        from gpt.runtime.neuron import count_cores
+
+        return count_cores()
+    return torch.accelerator.device_count()
 
 
 def widest_float(device: torch.device) -> torch.dtype:
     """The dtype for sums that should be as exact as the device can."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
-def _dtype(precision: str, chip_has_it: bool) -> torch.dtype:
+def product_dtype(precision: Literal["auto", "bf16", "fp32"], chip_has_bf16: bool) -> torch.dtype:
+    """The dtype of matrix products: what was asked for, or bf16 if the chip multiplies it."""
     if precision == "auto":
-        return torch.bfloat16 if chip_has_it else torch.float32
+        return torch.bfloat16 if chip_has_bf16 else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has bf16 matrix instructions; without them bf16 is emulated and slower than fp32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def _accelerator() -> str:
+    """The type of the accelerator that torch finds, else cpu."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def _why_not(name: str) -> str:
+    if name == "cuda" and not torch.backends.cuda.is_built():
+        return " (this torch was built without CUDA)"
+    if name == "neuron":
+        from gpt.runtime.neuron import why_there_is_none
+
+        return f" ({why_there_is_none()})"
+    return ""

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gpt.config import ParallelConfig
 from gpt.errors import UserError
+from gpt.runtime.device import Device
 
 T = TypeVar("T")
 
@@ -94,6 +95,15 @@ class World:
             dist.all_reduce(values, group=self.data_group)
         return values
 
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sums of the processes' numbers in fp64, by way of the host; those of tensor parallelism, which have the same, count once."""
+        if self.data_size == 1:
+            return list(values)
+        counts = self.rank % (self.size // self.data_size) == 0
+        totals = torch.tensor(values, dtype=torch.float64) if counts else torch.zeros(len(values), dtype=torch.float64)
+        dist.all_reduce(totals, group=self._control)
+        return totals.tolist()
+
     def least(self, value: int) -> int:
         """The least of the processes' values."""
         if self.size == 1:
@@ -156,12 +166,12 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
-def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float) -> World:
+def join_world(config: ParallelConfig, device: Device, timeout_seconds: float) -> World:
     """Meet the other processes, if a launcher has started several.
 
     Args:
         config: what they do together.
-        device_type: torch's device type.
+        device: of this process.
         timeout_seconds: how long to wait for the others, now and later.
 
     Raises:
@@ -174,14 +184,12 @@ def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float)
         logging.getLogger(name).setLevel(logging.ERROR)  # how DTensors are sent could be faster on gloo, each process warns
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if not dist.is_initialized():
-        if device_type != "cpu":
-            torch.accelerator.set_device_index(local_rank)
+        device.claim(local_rank)
         timeout = datetime.timedelta(seconds=timeout_seconds)
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         # The store may be that of an earlier attempt, or run in these processes, with the addresses of connections that are gone.
         store = dist.PrefixStore(f"gpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joined)}", store)
-        backend = dist.get_default_backend_for_device(device_type)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(device.process_group, store=store, rank=rank, world_size=size, timeout=timeout)
     if config.name == "none":
         raise UserError(f"parallel=none is one process, and {size} were started; add parallel=ddp or parallel=fsdp")
     if size % config.tensor:
@@ -192,7 +200,7 @@ def join_world(config: ParallelConfig, device_type: str, timeout_seconds: float)
     control = dist.new_group(backend="gloo")
     replicate = config.replicate if config.name == "fsdp" else size // config.tensor
     shape = (replicate, size // (replicate * config.tensor), config.tensor)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     is_divided = config.name == "fsdp" or config.tensor > 1
     return World(rank, size, local_rank, local_size, rank // config.tensor, size // config.tensor, mesh, is_divided, control)

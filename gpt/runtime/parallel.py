@@ -99,19 +99,17 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
-def spread(objective: NextTokenLoss, world: World, device: torch.device | str) -> nn.Module:
+def spread(objective: NextTokenLoss, world: World) -> nn.Module:
     """The module to call for a loss, whose gradients are sums over all processes.
 
     Args:
         objective: on its device for ddp; its model for fsdp still on meta (`place`), already split, checkpointed and compiled.
         world: the processes.
-        device: of this process.
     """
     if world.size == 1:
         return objective
     if not world.is_divided:
-        ids = None if torch.device(device).type == "cpu" else [torch.accelerator.current_device_index()]
-        options: dict[str, Any] = {"device_ids": ids, "gradient_as_bucket_view": True}
+        options: dict[str, Any] = {"gradient_as_bucket_view": True}
         known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 has another name for it
         options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False  # tables, the same everywhere
         wrapped = DistributedDataParallel(objective, **options)
@@ -127,8 +125,7 @@ def spread(objective: NextTokenLoss, world: World, device: torch.device | str) -
         fully_shard(module, mesh=mesh)
     for module in cast("list[FSDPModule]", modules):
         module.set_gradient_divide_factor(1.0)
-        if torch.device(device).type == "cpu":  # gloo only adds up
-            module.set_force_sum_reduction_for_comms(True)
+        module.set_force_sum_reduction_for_comms(True)  # which is all that gloo can
     return objective
 
 

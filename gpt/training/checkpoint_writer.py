@@ -54,6 +54,7 @@ class CheckpointWriter:
         directory: the run's checkpoints/ folder.
         retention: which older ones stay.
         is_writer: whether this process is rank 0.
+        pins_memory: copy from the device into pinned memory, while it goes on.
 
     Attributes:
         stall_seconds: that the last `save` took, in which training stood still.
@@ -61,13 +62,14 @@ class CheckpointWriter:
         saved: the last checkpoint on disk, or None.
     """
 
-    def __init__(self, directory: Path, retention: Retention, is_writer: bool = True) -> None:
+    def __init__(self, directory: Path, retention: Retention, is_writer: bool = True, pins_memory: bool = False) -> None:
         self.directory = directory
         self.retention = retention
         self.is_writer = is_writer
+        self.pins_memory = pins_memory
         self.stall_seconds = self.write_seconds = 0.0
         self.saved: Path | None = None
-        self._files = {name: _Snapshot(is_writer) for name in (WEIGHTS, OPTIMIZER, EMA)}
+        self._files = {name: _Snapshot(is_writer, pins_memory) for name in (WEIGHTS, OPTIMIZER, EMA)}
         self._whole: dict[Path, list[tuple[str, int, int]]] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -101,7 +103,7 @@ class CheckpointWriter:
         for name, tensors in contents.items():
             self._files[name].take(tensors)
         if self.is_writer:
-            copied = next((record_event(t) for t in weights.values() if t.is_cuda), None)
+            copied = record_event(next(iter(weights.values()))) if self.pins_memory else None
             texts = {STATE: json.dumps(asdict(state), indent=1)}
             if manifest is not None:
                 texts[MANIFEST] = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -230,35 +232,37 @@ class _Snapshot:
 
     Args:
         keeps: whether this process keeps the copy, or takes part in gathering only.
+        pin: whether the memory is pinned, and copies into it are queued.
     """
 
-    def __init__(self, keeps: bool) -> None:
+    def __init__(self, keeps: bool, pin: bool) -> None:
         self.keeps = keeps
+        self.pin = pin
         self._layout: dict[str, tuple[torch.dtype, torch.Size]] | None = None
         self._header = b""
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._parts: dict[str, Tensor] = {}
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy; DTensors are gathered by all processes together. From CUDA the copy is only queued."""
+        """Copy; DTensors are gathered by all processes together. Into pinned memory the copy is only queued."""
         layout = {name: (t.dtype, t.shape) for name, t in tensors.items()}
         if self.keeps and layout != self._layout:
-            self._lay_out(layout, any(t.is_cuda for t in tensors.values()))
+            self._lay_out(layout)
         for name, tensor in tensors.items():
             whole = (tensor.full_tensor() if is_sharded(tensor) else tensor).detach()
             if not self.keeps:
                 continue
-            if whole.device.type == "cpu":
+            if whole.is_cpu:
                 # By this thread alone: torch would divide each copy among its threads, and to wait for them takes longer on a busy machine.
                 self._parts[name].view(torch.uint8).numpy()[:] = whole.contiguous().view(-1).view(torch.uint8).numpy()
             else:
-                self._parts[name].copy_(whole.reshape(-1), non_blocking=whole.is_cuda)
+                self._parts[name].copy_(whole.reshape(-1), non_blocking=self.pin)
 
     def contents(self) -> list[memoryview]:
         """The file's bytes."""
         return [memoryview(self._header), self._memory.numpy().data]
 
-    def _lay_out(self, layout: dict[str, tuple[torch.dtype, torch.Size]], pin: bool) -> None:
+    def _lay_out(self, layout: dict[str, tuple[torch.dtype, torch.Size]]) -> None:
         """The format is described at https://github.com/huggingface/safetensors#format: header size, header, tensors without gaps."""
         header: dict[str, Any] = {}
         end = 0
@@ -268,7 +272,7 @@ class _Snapshot:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._header = struct.pack("<Q", len(text)) + text
-        self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
+        self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=self.pin)
         self._parts = {name: self._memory[slice(*header[name]["data_offsets"])].view(dtype) for name, (dtype, _) in layout.items()}
         self._layout = layout
 

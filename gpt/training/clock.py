@@ -1,6 +1,6 @@
 """Where the time of a run goes: by parts of a step, evaluation and checkpoints, without making the host wait for the device.
 
-On a CPU a part is timed by the host's clock. On an accelerator events are recorded around it in the device's own queue of work and read
+On a CPU the host's clock times a part. Elsewhere events are recorded around it in the device's own queue of work and read
 later, so a part is the time that the device spent in it, stalls included: data that was ready before it was needed costs nothing.
 """
 
@@ -37,7 +37,7 @@ class StepClock:
 
     def __init__(self, device: Device, new_event: Callable[[], Any] | None = None) -> None:
         self._seconds: dict[str, float] = dict.fromkeys((*STEP_PARTS, *BETWEEN_STEPS), 0.0)
-        if device.type == "cpu":
+        if not device.times_itself:
             self._parts: dict[str, _HostPart | _DevicePart] = {name: _HostPart(self._seconds, name) for name in self._seconds}
             self._events = None
         else:

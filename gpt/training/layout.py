@@ -49,14 +49,15 @@ def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool,
         source, model = None, first_weights()
         model.to(device.type)
         model.tie()
+        assert not config.model.tie_embeddings or model.head.weight is model.embeddings.tokens.weight
     loss = LinearCrossEntropy(device.dtype)
     objective = NextTokenLoss(model, loss)
     if config.parallel.tensor > 1 and divided:
         split_matrices(model, world)
     prepare_blocks(config.train, list(model.blocks))
     if compiled:
-        compile_model(model, loss)
-    spread_objective = spread(objective, world, device.type)
+        compile_model(model, loss, device)
+    spread_objective = spread(objective, world)
     if divided:
         model.to_empty(device=device.type)
         model.tie()

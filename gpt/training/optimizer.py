@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch's fused AdamW (Loshchilov & Hutter, 2019), which scales gradients and leaves steps out as it goes, on local shards.
+    """AdamW (Loshchilov & Hutter, 2019), which scales gradients and leaves steps out as it goes, on local shards; by torch's fused kernel.
 
     Args:
         params: plain tensors or DTensors, contiguous, or groups of them.
@@ -30,6 +30,7 @@ class AdamW(torch.optim.Optimizer):
         betas: decay of the averages of gradients and of their squares.
         eps: added to the denominator.
         weight_decay: decoupled, multiplied by the learning rate.
+        fused: whether the device has the fused kernel; else plain operations do the same.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        fused: bool = True,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._fused = fused
 
     @torch.no_grad()
     def step(self, closure: Any = None, *, scale: Tensor | None = None, apply: Tensor | None = None) -> Any:
@@ -64,16 +67,13 @@ class AdamW(torch.optim.Optimizer):
                     self.state[p] |= {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             # The fused kernel of a CPU reads a gradient's memory in order, whatever its strides.
             gradients = [local_part(p.grad).contiguous() for p in params]
-            if params[0].device.type == "mps":  # whose kernel takes both and heeds neither
-                if left_out is not None and left_out.item():
-                    return
-                if scale is not None:
-                    torch._foreach_mul_(gradients, scale)
-                divisor = left_out = None
             weights, averages, squares = (
                 [local_part(t) for t in tensors]
                 for tensors in (params, *([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq")))
             )
+            if not self._fused:
+                _update(weights, gradients, averages, squares, [self.state[p]["step"] for p in params], group, scale, apply)
+                continue
             adamw(
                 weights, gradients, averages, squares, [], [self.state[p]["step"] for p in params],
                 fused=True, grad_scale=divisor, found_inf=left_out, amsgrad=False, maximize=False, lr=group["lr"],
@@ -81,7 +81,35 @@ class AdamW(torch.optim.Optimizer):
             )  # fmt: skip
 
 
-def build_optimizers(config: OptimizerConfig, model: nn.Module, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> list[Muon | AdamW]:
+def _update(
+    weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor], steps: list[Tensor],
+    group: dict[str, Any], scale: Tensor | None, apply: Tensor | None,
+) -> None:  # fmt: skip
+    """What the fused kernel does, in plain operations that wait for nothing: where `apply` is 0, all is added 0 or multiplied by 1."""
+    (beta1, beta2), lr, eps, weight_decay = group["betas"], group["lr"], group["eps"], group["weight_decay"]
+    on = torch.ones_like(steps[0]) if apply is None else apply
+    if scale is not None:
+        gradients = list(torch._foreach_mul(gradients, scale))
+    if apply is not None:
+        gradients = [torch.where(apply > 0, gradient, 0.0) for gradient in gradients]  # what is not finite times 0 is not 0
+    torch._foreach_add_(steps, on)
+    count = steps[0].clamp(min=1)  # the same for all of a group
+    torch._foreach_mul_(averages, 1 - (1 - beta1) * on)
+    torch._foreach_add_(averages, torch._foreach_mul(gradients, (1 - beta1) * on))
+    torch._foreach_mul_(squares, 1 - (1 - beta2) * on)
+    torch._foreach_add_(squares, torch._foreach_mul(torch._foreach_mul(gradients, gradients), (1 - beta2) * on))
+    divisors = torch._foreach_sqrt(squares)
+    torch._foreach_div_(divisors, (1 - beta2**count).sqrt())
+    torch._foreach_add_(divisors, eps)
+    updates = torch._foreach_div(averages, divisors)
+    torch._foreach_mul_(updates, -lr * on / (1 - beta1**count))
+    torch._foreach_mul_(weights, 1 - lr * weight_decay * on)
+    torch._foreach_add_(weights, updates)
+
+
+def build_optimizers(
+    config: OptimizerConfig, model: nn.Module, dtype: torch.dtype, mesh: DeviceMesh | None = None, fused: bool = True
+) -> list[Muon | AdamW]:
     """The optimizers over every trainable parameter of `model`, each parameter in exactly one.
 
     Args:
@@ -89,6 +117,7 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module, dtype: torch.dty
         model: as it trains: already sharded, where it is.
         dtype: of the matrix products within an optimizer; parameters and state are what they are, fp32.
         mesh: the ranks that hold the same parameters, or shards of them, over which Muon's work is divided; None: one process.
+        fused: whether the device has the fused AdamW kernel.
     """
     muon: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -109,7 +138,7 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module, dtype: torch.dty
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [g for g in groups if g["params"]]
     if groups:
-        optimizers.append(AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps))
+        optimizers.append(AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from gpt.runtime.device import Device
+
 SKIPPED_STEPS = 5  # compilation and warm caches first; the last of them already runs under the profiler
 RECORDED_STEPS = 3
 DEAREST = 10
@@ -21,18 +23,18 @@ class Profiler:
 
     Args:
         directory: the trace goes to trace.json.gz in it (open it in ui.perfetto.dev or chrome://tracing).
-        device_type: of the run, torch's name; times are of this device.
+        device: of the run; times are of this device.
         say: takes the lines for people.
     """
 
-    def __init__(self, directory: Path, device_type: str, say: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, device: Device, say: Callable[[str], None]) -> None:
         self._directory, self._say = directory, say
         activities = [ProfilerActivity.CPU]
-        if device_type != "cpu":
+        if not device.is_host:
             activities += [a for a in torch.profiler.supported_activities() if a != ProfilerActivity.CPU]
         self._on_cpu = len(activities) == 1
-        if self._on_cpu and device_type != "cpu":
-            say(f"profile: torch.profiler cannot look into {device_type}; the times are the host's")
+        if self._on_cpu and not device.is_host:
+            say(f"profile: torch.profiler cannot look into {device.type}; the times are the host's")
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler's library writes two lines of its own
         self._steps = 0
         window = schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=RECORDED_STEPS, repeat=1)

@@ -38,8 +38,8 @@ class Counts:
         "tokens", "interval_loss", "interval_steps", "skipped_steps", "skipped_in_a_row", "spikes", "loss_mean", "loss_variance", "losses",
     )  # fmt: skip
 
-    def __init__(self, state: Any, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, state: Any, device: Device) -> None:
+        self._device = torch.device(device.type)
         self.values: dict[str, Tensor] = {}
         self.load(state)
 

@@ -31,12 +31,10 @@ from gpt.errors import UserError
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
 from gpt.inference.loading import load_model
 from gpt.model.transformer import GPT
-from gpt.runtime.allocator import keep_freed_memory
 from gpt.runtime.compiling import CompileAhead, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.distributed import Agreement, collective_of, join_world, waited_too_long
 from gpt.runtime.parallel import unwrapped
-from gpt.runtime.peak import measured_peak_flops
 from gpt.runtime.sharding import reshard
 from gpt.runtime.signals import StopRequest
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole
@@ -96,12 +94,12 @@ class Trainer:
             UserError: the data, the run directory or a checkpoint to resume cannot be used, or training diverged.
         """
         config = self.config
-        self.device = find_device(config.device.name, config.precision, config.device.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        timeout = parse_span("launch.timeout", config.launch.timeout, ("seconds",)).amount
-        self.world = join_world(config.parallel, self.device.type, timeout)
+        self.device = find_device(config.device, config.precision, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.patience = config.launch.patience(self.device.patience)
+        self.world = join_world(config.parallel, self.device, self.patience)
         self.say = say if self.world.is_main else lambda text: None
+        for note in self.device.prepare_training():
+            self.say(f"note: {note}")
         config.run.id = self.world.share(lambda: config.run.id or new_run_id(config.command))
         self.directory = RunDirectory(config, owned=self.world.is_main)
         try:
@@ -125,7 +123,7 @@ class Trainer:
             if self.world.size == 1 or not waited_too_long(error):
                 raise
             raise TimeoutError(
-                f"process {self.world.rank} waited {config.launch.timeout} (launch.timeout) for the others in vain while {self.doing}, in "
+                f"process {self.world.rank} waited {self.patience:g}s (launch.timeout) for the others in vain while {self.doing}, in "
                 f"{collective_of(error)} ({_first_line(error)}); {self._last_checkpoint()}"
             ) from error
         finally:
@@ -149,7 +147,7 @@ class Trainer:
         self.micro_batch = sizes[0]
         self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config))
         ahead = None
-        if self.compiled and not world.is_divided:
+        if self.compiled and not world.is_divided and self.device.compiles_ahead:
             documents = config.on_examples or config.data.document_mask
             model, prepare = expected_model(config), partial(prepare_blocks, config.train)
             ahead = CompileAhead(self.device, model, self.micro_batch, config.sequence_length, documents, prepare)
@@ -165,21 +163,21 @@ class Trainer:
         self.doing = "laying out the model"
         layout = lay_out(config, lambda: self._first_weights(checkpoint), self.compiled, world, self.device)
         self.model, self.objective = layout.model, layout.objective
-        self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.work_mesh)
+        self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.work_mesh, self.device.fused_adamw)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.batches: Batches = OneBatch(self.data.batches) if config.train.overfit else self.data.batches
         self.state = TrainingState(corpus=self.data.fingerprint)
         self.total_steps, self.total_seconds = run_length(config, self.batches, self.sequences)
         if checkpoint is not None:
             self._resume(checkpoint)
-        if config.train.micro_batch == "auto" and self.device.type != "cpu" and not world.is_divided:
+        if config.train.micro_batch == "auto" and self.device.says_when_full and not world.is_divided:
             documents = config.on_examples or config.data.document_mask
             attempt = partial(try_pass, unwrapped(self.objective), self.device, config.sequence_length, documents)
             self.micro_batch = world.least(largest_that_fits(attempt, sizes))
             if self.micro_batch != sizes[0]:
                 self.say(f"micro-batches of {self.micro_batch} sequences: {sizes[0]} do not fit into memory")
         self.clock = StepClock(self.device)
-        self.counts = Counts(self.state, torch.device(self.device.type))
+        self.counts = Counts(self.state, self.device)
         self.step = Step(
             self.objective, self.model, self.optimizers, self.average, self.counts, world, self.device, self.micro_batch,
             config.train.grad_clip, config.train.spike != "none", self.clock,
@@ -187,8 +185,7 @@ class Trainer:
         self.peak_flops = self.device.peak_flops
         if world.is_main:
             self.directory.describe(config, self.device, self.data.tokenizer)
-            if self.peak_flops is None and self.device.type == "cpu":
-                self.peak_flops = measured_peak_flops(self.device.dtype)
+            self.peak_flops = self.device.measured_peak()
         size = self.model.num_parameters() / 1e6
         self.say(f"model: {size:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
 
@@ -249,7 +246,8 @@ class Trainer:
         config, state, world = self.config, self.state, self.world
         save_every = parse_span("checkpoint.every", config.checkpoint.every)
         keep = config.checkpoint
-        writer = CheckpointWriter(self.directory.checkpoints, Retention(keep.keep_last, keep.keep_best, keep.keep_every), world.is_main)
+        retention = Retention(keep.keep_last, keep.keep_best, keep.keep_every)
+        writer = CheckpointWriter(self.directory.checkpoints, retention, world.is_main, self.device.pins_memory)
         self.agreement = Agreement(world)
         self.started = time.monotonic() - state.seconds
         self.busy, self.timed_steps, self.logged_step = 0.0, 0, state.step
@@ -260,7 +258,7 @@ class Trainer:
             self.stop = stack.enter_context(StopRequest(watched=world.size > 1))
             total, timed = self.total_seconds or self.total_steps or 0, self.total_steps is None
             self.watching = stack.enter_context(Watching(config, self.directory, state.step, total, timed, world.is_main))
-            profiler = Profiler(self.directory.path / "profile", self.device.type, self.say) if config.profile and world.is_main else None
+            profiler = Profiler(self.directory.path / "profile", self.device, self.say) if config.profile and world.is_main else None
             if profiler is not None:
                 stack.enter_context(closing(profiler))
             self.writer = stack.enter_context(closing(writer))
@@ -469,11 +467,12 @@ class Trainer:
         assert held_out is not None
         if world.is_main:
             model = self.model
-            if world.is_divided:  # this process holds only a part of it
+            if world.is_divided or not self.device.decodes:  # this process holds only a part of it, or cannot try it out where it is
                 model = GPT.materialise(config.model)
                 load_weights(best, model)
-                model.to(self.device.type)
-                model.tie()
+                if self.device.decodes:
+                    model.to(self.device.type)
+                    model.tie()
             write_results(config, self.directory, state, model, self.data, held_out, self.clock.totals(), self.say)
         return Result(0, self.directory.path, state, held_out)
 

@@ -24,7 +24,7 @@ from gpt.evaluation.perplexity import (
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
-from gpt.runtime.device import Device
+from gpt.runtime.cpu import Cpu
 from gpt.runtime.parallel import NextTokenLoss
 from tests.evaluation.conftest import CONTEXT, make_model
 
@@ -56,7 +56,7 @@ def measure(
 ) -> HeldOutLoss | None:
     tokens = TokenArray(np.split(text, [20, 63]))
     where = held_out_windows(tokens, T) if starts is None else np.array(starts)
-    loss, device = LinearCrossEntropy(dtype, chunk=24), Device("cpu", "CPU", dtype, None)
+    loss, device = LinearCrossEntropy(dtype, chunk=24), Cpu("CPU", dtype)
     batches = window_batches(tokens, Windows(where, T), batch)
     return score_batches(model, partial(total_loss, NextTokenLoss(model, loss)), batches, BYTE_LENGTHS, device, **settings)
 
@@ -184,7 +184,7 @@ def slow_nll(model: GPT, ids: np.ndarray, context_length: int, stride: int) -> l
 
 
 def strided(model: GPT, ids: np.ndarray, stride: int, batch: int = 3, context_length: int = CONTEXT, **settings) -> HeldOutLoss:
-    tokens, device = TokenArray([ids[:1], ids[1:]]), Device("cpu", "CPU", torch.float32, None)
+    tokens, device = TokenArray([ids[:1], ids[1:]]), Cpu("CPU", torch.float32)
     return strided_loss(model, tokens, context_length, stride, batch, BYTE_LENGTHS, device, **settings)
 
 
@@ -223,7 +223,7 @@ def test_fewer_tokens_of_context_than_the_model_reads(rich_model):
 
 def test_windows_without_overlap_are_those_of_training(rich_model):
     ids = np.random.default_rng(3).integers(0, V, 5 * CONTEXT + 1).astype(np.uint16)
-    tokens, device = TokenArray([ids]), Device("cpu", "CPU", torch.float32, None)
+    tokens, device = TokenArray([ids]), Cpu("CPU", torch.float32)
     batches = window_batches(tokens, Windows(held_out_windows(tokens, CONTEXT), CONTEXT), 3)
     trained = score_batches(rich_model, partial(total_loss, NextTokenLoss(rich_model, LinearCrossEntropy())), batches, BYTE_LENGTHS, device)
     measured = strided(rich_model, ids, CONTEXT)
@@ -264,7 +264,7 @@ def test_the_code_scores_every_token_once(tokens, context_length, batch, data):
     model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
     ids = np.arange(tokens) % 128
     lengths = np.ones(128, dtype=int)
-    tokens_array, device = TokenArray([ids]), Device("cpu", "CPU", torch.float32, None)
+    tokens_array, device = TokenArray([ids]), Cpu("CPU", torch.float32)
     assert strided_loss(model, tokens_array, context_length, stride, batch, lengths, device).tokens == tokens - 1
     assert sum(seen) == tokens - 1  # no logits for what is not scored
 

@@ -7,11 +7,12 @@ import torch
 from inference_models import GREEDY, alone, prompt_of, random_model, rows_of
 from torch._dynamo.utils import counters
 
+from gpt.config import DeviceConfig
 from gpt.inference.decode import generate_tokens
 from gpt.inference.sampling import Sampling
 from gpt.runtime.device import find_device
 
-OBSTACLE = find_device("cpu", "fp32").compile_obstacle()
+OBSTACLE = find_device(DeviceConfig("cpu")).compile_obstacle()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))]
 SAMPLED = Sampling(temperature=1.2, top_p=0.95, repetition_penalty=1.1, seed=3)
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from gpt.runtime.compiling import should_compile, should_compile_decoding
-from gpt.runtime.device import Device
+from gpt.runtime.cpu import Cpu
+from gpt.runtime.cuda import Cuda
 
-CPU = Device("cpu", "CPU", torch.float32, None)
-GPU = Device("cuda", "GPU", torch.bfloat16, None)
+CPU = Cpu("CPU", torch.float32)
+GPU = Cuda("GPU", torch.bfloat16)
 
 
 @pytest.fixture
 def no_obstacle(monkeypatch):
-    monkeypatch.setattr(Device, "compile_obstacle", lambda self: None)
+    for kind in (Cpu, Cuda):
+        monkeypatch.setattr(kind, "compile_obstacle", lambda self: None)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_auto_compiles_what_is_long_enough(setting, length, compiled):
 
 
 def test_an_obstacle_is_named(monkeypatch):
-    monkeypatch.setattr(Device, "compile_obstacle", lambda self: "there is no C++ compiler")
+    monkeypatch.setattr(Cpu, "compile_obstacle", lambda self: "there is no C++ compiler")
     assert should_compile(True, CPU) == (False, "not compiled: there is no C++ compiler, so the run is slower")
 
 
@@ -59,8 +61,8 @@ def test_auto_compiles_the_step_of_long_texts_on_a_gpu(setting, device, tokens, 
 
 @pytest.mark.parametrize("setting", [True, "auto"])
 def test_an_obstacle_to_compiling_the_step_is_named(setting, monkeypatch):
-    monkeypatch.setattr(Device, "compile_obstacle", lambda self: "there is no C++ compiler")
-    assert should_compile_decoding(setting, GPU, 10_000) == (False, "not compiled: there is no C++ compiler")
+    monkeypatch.setattr(Cuda, "compile_obstacle", lambda self: "there is no Triton")
+    assert should_compile_decoding(setting, GPU, 10_000) == (False, "not compiled: there is no Triton")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from gpt.config import ParallelConfig
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
+from gpt.runtime.cpu import Cpu
 from gpt.runtime.distributed import World, join_world, lost_the_others, waited_too_long
 from gpt.runtime.parallel import NextTokenLoss, checkpoint_activations
 
@@ -61,7 +62,7 @@ def test_checkpointed_activations_change_nothing_but_the_memory(how, compiled):
 def test_one_process_is_a_world_of_its_own(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    world = join_world(ParallelConfig("ddp"), "cpu", 1)
+    world = join_world(ParallelConfig("ddp"), Cpu("CPU", torch.float32), 1)
     assert world == World()
     assert world.is_main
     assert world.share(lambda: 3) == 3

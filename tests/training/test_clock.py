@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gpt.runtime.device import Device
+from gpt.runtime.cpu import Cpu
+from gpt.runtime.cuda import Cuda
 from gpt.training.clock import BETWEEN_STEPS, STEP_PARTS, StepClock
 
-CPU = Device("cpu", "CPU", torch.float32, None)
-ACCELERATOR = Device("cuda", "a stand-in", torch.bfloat16, None)
+CPU = Cpu("CPU", torch.float32)
+ACCELERATOR = Cuda("a stand-in", torch.bfloat16)
 PARTS = [f"time_{name}" for name in STEP_PARTS]
 
 

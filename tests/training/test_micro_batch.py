@@ -5,7 +5,7 @@ from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
-from gpt.runtime.device import Device
+from gpt.runtime.cpu import Cpu
 from gpt.runtime.parallel import NextTokenLoss
 from gpt.training.micro_batch import divisors, largest_that_fits, try_pass
 
@@ -53,7 +53,7 @@ def test_a_trial_leaves_no_gradients(documents):
     objective = NextTokenLoss(model, LinearCrossEntropy())
     seen = []
     model.head.weight.register_hook(lambda gradient: seen.append(float(gradient.abs().sum())))
-    try_pass(objective, Device("cpu", "CPU", torch.float32, None), 8, documents, 3)
+    try_pass(objective, Cpu("CPU", torch.float32), 8, documents, 3)
     assert seen
     assert seen[0] > 0
     assert all(p.grad is None for p in model.parameters())

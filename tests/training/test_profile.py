@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gpt.runtime.cpu import Cpu
+from gpt.runtime.mps import Mps
 from gpt.training.profile import DEAREST, Profiler, dearest_operations
 
 HEADING = ["operation", "calls/step", "ms/step", "share"]
@@ -19,7 +21,7 @@ def train(directory: Path, steps: int) -> list[str]:
     said: list[str] = []
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
     optimizer = torch.optim.AdamW(model.parameters())
-    profiler = Profiler(directory, "cpu", said.append)
+    profiler = Profiler(directory, Cpu("CPU", torch.float32), said.append)
     for _ in range(steps):
         model(torch.ones(128, 64)).square().sum().backward()
         optimizer.step()
@@ -109,5 +111,5 @@ def test_a_device_that_did_nothing_is_said():
 def test_a_device_that_the_profiler_cannot_see_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})
     said: list[str] = []
-    Profiler(tmp_path, "mps", said.append).close()
+    Profiler(tmp_path, Mps("MPS", torch.float32), said.append).close()
     assert "cannot look into mps" in said[0]

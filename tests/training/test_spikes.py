@@ -19,6 +19,7 @@ import yaml
 
 from gpt.compose import load_config
 from gpt.config import RunConfig
+from gpt.runtime.cpu import Cpu
 from gpt.training.checkpoint import TrainingState, list_checkpoints, read_state
 from gpt.training.metrics import read_metrics
 from gpt.training.step import SPIKE_AFTER, SPIKE_DECAY, SPIKE_DEVIATIONS, SPIKE_SHARE, Counts
@@ -87,7 +88,7 @@ def plain_spikes(values: list[float]) -> list[bool]:
 
 
 def counted_spikes(values: list[float]) -> list[bool]:
-    counts, one = Counts(TrainingState(), torch.device("cpu")), torch.ones(())
+    counts, one = Counts(TrainingState(), Cpu("CPU", torch.float32)), torch.ones(())
     found = []
     for value in values:
         loss = torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,90 @@
+"""What must stand in the environment before torch is imported, and what must not be installed. Imports no torch.
+
+Trainium's backend is loaded by torch's own import, and reads its variables then ("PyTorch Native on Neuron", AWS Neuron documentation).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from gpt.config import DeviceConfig
+from gpt.errors import UserError
+
+CACHE_VARIABLE = "TORCH_NEURONX_NEFF_CACHE_DIR"
+STRICT_VARIABLE = "TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION"
+OLDEST_NATIVE = (2, 13)  # torch-neuronx before it is the XLA package
+_AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+_PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the type of the instance
+
+
+def prepare_environment(config: DeviceConfig) -> None:
+    """Set what the device reads when torch is imported. Call it before that, in each process.
+
+    Raises:
+        UserError: it is Trainium's turn, and what is installed cannot train on it; the message says why.
+    """
+    if config.name == "neuron_sim":
+        os.environ[_AUTOLOAD_VARIABLE] = "0"  # there is room for one device of that name
+    elif config.name not in ("auto", "neuron") or (config.name == "auto" and neuron_version() is None):
+        return
+    elif problem := neuron_obstacle():
+        raise UserError(f"device={config.name}: {problem}")
+    os.environ.setdefault(CACHE_VARIABLE, str(compile_cache(config)))
+    os.environ[STRICT_VARIABLE] = "1" if config.strict else "0"
+
+
+def compile_cache(config: DeviceConfig) -> Path:
+    """The folder in which compiled graphs are kept between runs."""
+    try:
+        return Path(config.cache_dir).expanduser() / "neuron"
+    except RuntimeError as error:
+        raise UserError(f"device.cache_dir={config.cache_dir}: {error} Set it to a folder") from error
+
+
+def neuron_version() -> str | None:
+    """Of the package torch-neuronx, or None where there is none."""
+    return _version("torch-neuronx")
+
+
+def neuron_obstacle() -> str | None:
+    """Why nothing can be trained on Trainium with what this machine has; None if nothing is known to be in the way."""
+    machine = instance_type()
+    if machine.startswith(("trn1", "inf")):
+        return f"this is {machine}, which only the XLA package runs on, and that is out of support for training; take trn2 or trn3"
+    found = neuron_version()
+    if found is None:
+        return "torch-neuronx is not installed; docs/trainium.md says how"
+    if _minor(found) < OLDEST_NATIVE:
+        kind = "a placeholder" if _minor(found) < (1, 0) else "the XLA package, which is out of support for training"
+        return f"torch-neuronx {found} is {kind}; install 2.13 or newer (docs/trainium.md)"
+    torch = _version("torch") or "0.0"
+    if _minor(torch) != _minor(found):
+        want = ".".join(map(str, _minor(found)))
+        return f"torch-neuronx {found} does not go with torch {torch}; install torch {want}, or the torch-neuronx of this torch"
+    if importlib.util.find_spec("torch_xla") is not None:
+        return "torch_xla is installed beside the native torch-neuronx, and the two exclude each other; pip uninstall torch-xla"
+    return None
+
+
+def instance_type() -> str:
+    """Of this EC2 instance, such as trn2.48xlarge; elsewhere whatever the machine is called, or nothing."""
+    try:
+        return _PRODUCT.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _minor(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
