@@ -85,26 +85,28 @@ def _update(
     weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor], steps: list[Tensor],
     group: dict[str, Any], scale: Tensor | None, apply: Tensor | None,
 ) -> None:  # fmt: skip
-    """What the fused kernel does, in plain operations that wait for nothing: where `apply` is 0, all is added 0 or multiplied by 1."""
+    """What the fused kernel does, in plain operations that wait for nothing: where `apply` is 0, all is multiplied by 1, and added -0."""
     (beta1, beta2), lr, eps, weight_decay = group["betas"], group["lr"], group["eps"], group["weight_decay"]
     on = torch.ones_like(steps[0]) if apply is None else apply
+
+    def added(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors) if apply is None else [torch.where(apply > 0, t, -0.0) for t in tensors]  # not t * 0: t may be infinite
+
     if scale is not None:
         gradients = list(torch._foreach_mul(gradients, scale))
-    if apply is not None:
-        gradients = [torch.where(apply > 0, gradient, 0.0) for gradient in gradients]  # what is not finite times 0 is not 0
     torch._foreach_add_(steps, on)
-    count = steps[0].clamp(min=1)  # the same for all of a group
+    count = steps[0].clamp(min=1)  # the same for all of a group; 0 where the very first step is left out
     torch._foreach_mul_(averages, 1 - (1 - beta1) * on)
-    torch._foreach_add_(averages, torch._foreach_mul(gradients, (1 - beta1) * on))
+    torch._foreach_add_(averages, added(torch._foreach_mul(gradients, 1 - beta1)))
     torch._foreach_mul_(squares, 1 - (1 - beta2) * on)
-    torch._foreach_add_(squares, torch._foreach_mul(torch._foreach_mul(gradients, gradients), (1 - beta2) * on))
+    torch._foreach_add_(squares, added(torch._foreach_mul(torch._foreach_mul(gradients, gradients), 1 - beta2)))
     divisors = torch._foreach_sqrt(squares)
     torch._foreach_div_(divisors, (1 - beta2**count).sqrt())
     torch._foreach_add_(divisors, eps)
     updates = torch._foreach_div(averages, divisors)
-    torch._foreach_mul_(updates, -lr * on / (1 - beta1**count))
+    torch._foreach_mul_(updates, -lr / (1 - beta1**count))
     torch._foreach_mul_(weights, 1 - lr * weight_decay * on)
-    torch._foreach_add_(weights, updates)
+    torch._foreach_add_(weights, added(updates))
 
 
 def build_optimizers(

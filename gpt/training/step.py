@@ -30,13 +30,14 @@ SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_AFTER, SPIKE_DECAY = 6.0, 0.1, 32, 0.97
 class Counts:
     """Numbers that steps add up on the device, in fp64 where it has that; a checkpoint holds them.
 
+    Tokens are counted from the last `load` on only: over a run they are more than fp32, or 32 bits, can tell apart.
+
     Attributes:
-        NAMES: the fields of `TrainingState` that they are.
+        WHOLE, REAL: the fields of `TrainingState` that they are.
     """
 
-    NAMES = (
-        "tokens", "interval_loss", "interval_steps", "skipped_steps", "skipped_in_a_row", "spikes", "loss_mean", "loss_variance", "losses",
-    )  # fmt: skip
+    WHOLE = ("tokens", "interval_steps", "skipped_steps", "skipped_in_a_row", "spikes", "losses")
+    REAL = ("interval_loss", "loss_mean", "loss_variance")
 
     def __init__(self, state: Any, device: Device) -> None:
         self._device = torch.device(device.type)
@@ -45,24 +46,30 @@ class Counts:
 
     def load(self, state: Any) -> None:
         """Take the numbers of a `TrainingState`."""
-        dtype = widest_float(self._device)
-        self.values = {name: torch.tensor(float(getattr(state, name)), dtype=dtype, device=self._device) for name in self.NAMES}
+        wide = widest_float(self._device)
+        self._tokens_before = state.tokens
+        for names, dtype in ((self.WHOLE, torch.int64), (self.REAL, wide)):
+            self.values |= {name: torch.tensor(getattr(state, name), dtype=dtype, device=self._device) for name in names}
+        self.values["tokens"].zero_()
 
     def store(self, state: Any) -> None:
         """Give the numbers to a `TrainingState`; waits for the device."""
-        for name, value in zip(self.NAMES, torch.stack([self.values[name] for name in self.NAMES]).tolist(), strict=True):
-            setattr(state, name, value if name in ("interval_loss", "loss_mean", "loss_variance") else round(value))
+        for names in (self.WHOLE, self.REAL):
+            for name, value in zip(names, torch.stack([self.values[name] for name in names]).tolist(), strict=True):
+                setattr(state, name, value)
+        state.tokens += self._tokens_before
 
     def add(self, loss: Tensor, tokens: Tensor, apply: Tensor, is_spike: Tensor) -> None:
         """Count a step: its mean loss, its targets, whether it was applied (1 or 0), whether its loss is a spike."""
         c = self.values
         finite = torch.isfinite(loss)
         known = torch.where(finite, loss, 0.0)
-        c["tokens"] += tokens
+        applied = apply.long()
+        c["tokens"] += tokens.long()
         c["interval_loss"] += known * apply
-        c["interval_steps"] += apply
-        c["skipped_steps"] += 1 - apply
-        c["skipped_in_a_row"] = (c["skipped_in_a_row"] + 1) * (1 - apply)
+        c["interval_steps"] += applied
+        c["skipped_steps"] += 1 - applied
+        c["skipped_in_a_row"] = (c["skipped_in_a_row"] + 1) * (1 - applied)
         c["spikes"] += is_spike
         weight = torch.where(c["losses"] == 0, 1.0, 1 - SPIKE_DECAY) * finite
         difference = known - c["loss_mean"]

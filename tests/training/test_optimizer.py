@@ -132,11 +132,12 @@ def test_under_muon_the_other_matrices_have_a_weight_decay_of_their_own():
     assert [g["weight_decay"] for g in alone.param_groups] == [0.3, 0.0]
 
 
-def test_adamw_is_torchs_on_gradients_that_were_scaled_before():
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_torchs_on_gradients_that_were_scaled_before(fused):
     torch.manual_seed(0)
     start = [torch.randn(s) for s in [(7, 5), (33,), (1,)]]
     ours, theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
-    a = AdamW(ours, lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    a = AdamW(ours, lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, fused=fused)
     b = torch.optim.AdamW(theirs, lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, fused=True)
     scale = torch.tensor(1 / 3)
     for _ in range(10):
@@ -162,14 +163,14 @@ def test_a_gradient_that_lies_in_memory_by_columns_is_read_by_its_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize(("name", "fused"), [("muon", True), ("adamw", True), ("adamw", False)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1.0])
-def test_a_step_that_is_left_out_leaves_no_trace(name, bad, dtype):
+def test_a_step_that_is_left_out_leaves_no_trace(name, fused, bad, dtype):
     """Also as the very first one, also where a weight is -0, and whatever scale comes of such gradients."""
     gpt = model()
     twin = copy.deepcopy(gpt)
     config = OptimizerConfig(name=name)
-    left_out, never_saw = (build_optimizers(config, m, dtype) for m in (gpt, twin))
+    left_out, never_saw = (build_optimizers(config, m, dtype, fused=fused) for m in (gpt, twin))
     for step in range(4):
         with torch.no_grad():
             for p in (*gpt.parameters(), *twin.parameters()):
