@@ -15,6 +15,7 @@ class Kernels:
         sigmoid_gelu: a compiled GELU is faster as a sigmoid than as the tanh that it is.
         logits_chunk: the most tokens of which the loss makes logits at once.
         logits_bytes: the most fp32 logits that it makes at once; 0: as many as `logits_chunk` tokens have.
+        even_chunks: all these chunks have one size, for each is compiled.
     """
 
     own_attention: bool = False
@@ -22,6 +23,7 @@ class Kernels:
     sigmoid_gelu: bool = False
     logits_chunk: int = 4096  # large products are what is fast
     logits_bytes: int = 2**28
+    even_chunks: bool = False
 
 
 _ACCELERATOR = Kernels()
@@ -31,6 +33,7 @@ _KERNELS = {
     # A GPU's memory-efficient kernel takes a mask but no groups; with groups all scores would be kept. torch's flex_attention takes both,
     # skips what no query sees and is faster there for packed documents; it is not used yet.
     "cuda": _ACCELERATOR,
+    "neuron": Kernels(even_chunks=True),
 }
 
 

@@ -23,12 +23,15 @@ _VOCABULARY_MULTIPLE = 64  # products with an odd number of columns are slower, 
 _WORTH_GATHERING = 3 / 4  # of the rows: with more of them valid, picking them out saves too little
 
 
-def chunk_size(device_type: str, vocab_size: int) -> int:
-    """Tokens per chunk."""
+def chunk_size(device_type: str, vocab_size: int, rows: int) -> int:
+    """Tokens per chunk, of `rows` in a pass."""
     kernels = kernels_of(device_type)
-    if not kernels.logits_bytes:
-        return kernels.logits_chunk
-    return max(128, min(kernels.logits_chunk, kernels.logits_bytes // (4 * vocab_size) // 128 * 128))
+    most = kernels.logits_chunk
+    if kernels.logits_bytes:
+        most = max(128, min(most, kernels.logits_bytes // (4 * vocab_size) // 128 * 128))
+    if kernels.even_chunks:
+        return next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
+    return most
 
 
 def valid_rows(targets: Tensor, chunk: int) -> Tensor | None:
@@ -158,7 +161,7 @@ class LinearCrossEntropy(nn.Module):
             Scalar, fp32.
         """
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        size = self.chunk or chunk_size(hidden.device.type, len(weight))
+        size = self.chunk or chunk_size(hidden.device.type, len(weight), len(hidden))
         chunks: list[slice | Tensor] = [slice(start, start + size) for start in range(0, len(hidden), size)]
         if rows is not None:
             chunks = list(rows.split(size)) if len(rows) else []

@@ -7,13 +7,16 @@ import dataclasses
 import functools
 import os
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from gpt.config import TrainConfig
+from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
@@ -130,9 +133,69 @@ def _parse_headers() -> None:
         CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
 
 
+class FixedGraphs:
+    """Sees to it that a run on a device that compiles slowly compiles nothing once it is under way. Elsewhere it does nothing.
+
+    Args:
+        device: where the run is.
+        expected: how many graphs the whole run is to compile.
+    """
+
+    def __init__(self, device: Device, expected: int) -> None:
+        self._watches, self.expected = device.fixed_graphs, expected
+        self._known: set[str] = set()
+        self._before = _graphs_compiled()
+
+    @property
+    def count(self) -> int:
+        """Graphs that were compiled since this was made; a forward pass and its backward are one."""
+        return _graphs_compiled() - self._before
+
+    def problem(self) -> str | None:
+        """That the run has compiled more or fewer graphs than expected, after its last pass; None if all is well, or nobody watches."""
+        if not self._watches or self.count == self.expected:
+            return None
+        return f"{self.count} graphs were compiled where {self.expected} were expected"
+
+    @contextlib.contextmanager
+    def running(self, part: Literal["training", "evaluation"]) -> Iterator[None]:
+        """Around a step, or an evaluation: the first of each may compile.
+
+        Raises:
+            UserError: a later one would have to; the message names what has changed, a shape most often.
+        """
+        if not self._watches:
+            yield
+            return
+        try:
+            with torch.compiler.set_stance("fail_on_recompile" if part in self._known else "default"):
+                yield
+        except RuntimeError as error:
+            if "fail_on_recompile" not in str(error):
+                raise
+            changed = "; ".join(line.strip(" -") for line in str(error).splitlines()[2:]) or str(error).splitlines()[0]
+            raise UserError(
+                f"{part} would compile a graph anew after its first pass, which takes minutes on this device: {changed}. Every pass must "
+                "have the same shapes"
+            ) from error
+        self._known.add(part)
+
+
+def expected_graphs(config: TrainConfig, n_layer: int) -> int:
+    """How many graphs a run with fixed shapes compiles: each kind of block, in training and in evaluation, and the loss's softmax."""
+    mixed = config.activation_checkpointing == "every_n" and config.activation_checkpointing_n > 1 and n_layer > 1
+    return 2 * (1 + mixed) + 1
+
+
+def _graphs_compiled() -> int:
+    dynamo = sys.modules.get("torch._dynamo.utils")  # to import it takes a second
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo is not None else 0
+
+
 def compile_model(model: GPT, loss: LinearCrossEntropy, device: Device) -> None:
     """Compile each block and the loss's softmax in place, for fixed shapes; parameter names stay as they are."""
     _skip_vector_probes()
+    torch._dynamo.config.optimize_ddp = False  # it would cut a large block's graph where DDP's buckets end
     for block in model.blocks:
         block.compile(**device.compile_options())
     loss.compile_softmax(**device.compile_options())

@@ -33,6 +33,7 @@ def prepare_environment(config: DeviceConfig) -> None:
         return
     elif problem := neuron_obstacle():
         raise UserError(f"device={config.name}: {problem}")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns in each process that it cannot time the device
     os.environ.setdefault(CACHE_VARIABLE, str(compile_cache(config)))
     os.environ[STRICT_VARIABLE] = "1" if config.strict else "0"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -73,7 +73,14 @@ def checkpoint_activations(blocks: Sequence[nn.Module], how: Literal["none", "fu
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     for number, block in enumerate(blocks):
         if how in ("full", "selective") or (how == "every_n" and number % n == 0):
-            block.forward = partial(checkpoint, block.forward, **options)
+            block.forward = _checkpointed(block.forward, options)
+
+
+def _checkpointed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+    def checkpointed_forward(*args: Any) -> Tensor:  # a function of ours, for torch.compile traces no `partial` of torch's as a whole graph
+        return checkpoint(forward, *args, **options)
+
+    return checkpointed_forward
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -22,6 +22,7 @@ from gpt.data.sources import ReadReport, open_source
 from gpt.data.streamed import prepare_streams
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from gpt.model.config import GPTConfig
 from gpt.model.loss import IGNORE
 
 _FORMAT_ROWS = 100  # that show whether examples are conversations
@@ -161,3 +162,18 @@ def _held_out_prompts(corpus: Corpus, count: int) -> list[Prompt]:
             expected = [index for index in ids[border:last].tolist() if index != corpus.tokenizer.end_of_text]
             found.append(Prompt(ids[:border].tolist(), corpus.tokenizer.decode(expected)))
     return found
+
+
+def settle_vocabulary(model: GPTConfig, data: TrainingData, say: Callable[[str], None]) -> None:
+    """Give a model's config its vocabulary, the tokenizer's if it has none.
+
+    Raises:
+        UserError: it has one that is too small.
+    """
+    have = data.tokenizer.vocab_size
+    if not model.vocab_size:
+        model.vocab_size = have
+    elif model.vocab_size < have:
+        raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {have} (0 takes the tokenizer's)")
+    elif model.vocab_size > have:
+        say(f"note: model.vocab_size={model.vocab_size}, but the tokenizer has {have} ids; the rest is never used")

@@ -189,7 +189,7 @@ class Step:
             return None if tensor is None else tensor.to(self.device.type, non_blocking=True)
 
         targets = batch.targets[those]
-        learned = valid_rows(targets, chunk_size(self.device.type, self.model.config.vocab_size))
+        learned = valid_rows(targets, chunk_size(self.device.type, self.model.config.vocab_size, targets.numel()))
         documents = None if batch.documents is None else batch.documents[those]
         part = Batch(cast(Tensor, moved(batch.tokens[those])), cast(Tensor, moved(targets)), moved(documents))
         return part, moved(learned)

@@ -139,12 +139,16 @@ def test_a_padded_vocabulary_is_never_seen(vocab):
 
 
 def test_a_chunk_of_logits_is_bounded_on_every_device():
-    assert chunk_size("cpu", 8192) == 512
+    assert chunk_size("cpu", 8192, 4096) == 512
     for vocab in (257, 8192, 50257, 151936):
-        tokens = chunk_size("cuda", vocab)
+        tokens = chunk_size("cuda", vocab, 16384)
         assert tokens % 128 == 0
         assert 128 <= tokens <= 4096
         assert tokens * vocab * 4 <= 2**28
+    for rows in (1, 96, 5000, 16384):
+        tokens = chunk_size("neuron", 50257, rows)
+        assert rows % tokens == 0
+        assert tokens <= chunk_size("cuda", 50257, rows)
 
 
 @pytest.mark.slow
