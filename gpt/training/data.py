@@ -22,6 +22,7 @@ from gpt.data.sources import ReadReport, open_source
 from gpt.data.streamed import prepare_streams
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from gpt.model.config import GPTConfig
 from gpt.model.loss import IGNORE
 
 _FORMAT_ROWS = 100  # that show whether examples are conversations
@@ -130,6 +131,21 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
         lambda batch, limit: held_out_batches(corpus, data, length, batch, limit),
         lambda count: _held_out_prompts(corpus, count),
     )
+
+
+def set_vocab_size(model: GPTConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """Give a model as many ids as its tokenizer has, unless its config says how many.
+
+    Raises:
+        UserError: it says too few.
+    """
+    have = tokenizer.vocab_size
+    if not model.vocab_size:
+        model.vocab_size = have
+    elif model.vocab_size < have:
+        raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {have} (0 takes the tokenizer's)")
+    elif model.vocab_size > have:
+        say(f"note: model.vocab_size={model.vocab_size}, but the tokenizer has {have} ids; the rest is never used")
 
 
 def _holds_conversations(data: DataConfig) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gpt.config import RunConfig, TrainConfig
+from gpt.inference.loading import load_model
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
@@ -64,6 +65,26 @@ def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool,
         model.init_tables()
         place_weights(model, source)
     return Layout(model, spread_objective)
+
+
+def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None]) -> GPT:
+    """The model that a run begins with, in fp32 on the CPU; seeds the run's random numbers.
+
+    Args:
+        config: the run, with the size of the vocabulary.
+        fresh: whether it begins with these weights, random ones or those of `init`; False: a checkpoint brings others.
+        say: takes progress messages.
+    """
+    torch.manual_seed(config.seed)
+    model = GPT.materialise(config.model)
+    if not fresh or config.init is None:
+        model.init_weights()
+        return model
+    # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.
+    loaded = load_model(config.init, dtype=torch.float32, allow_pickle=config.allow_pickle, key="init").model
+    model.load_state_dict(loaded.state_dict())
+    say(f"weights: {config.init}")
+    return model
 
 
 def prepare_blocks(config: TrainConfig, blocks: Sequence[nn.Module]) -> None:

@@ -29,7 +29,6 @@ from gpt.data.prefetch import Prefetch
 from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
-from gpt.inference.loading import load_model
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import CompileAhead, should_compile
 from gpt.runtime.device import find_device
@@ -41,8 +40,8 @@ from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkp
 from gpt.training.checkpoint_retention import Retention
 from gpt.training.checkpoint_writer import CheckpointWriter
 from gpt.training.clock import StepClock
-from gpt.training.data import OneBatch, TrainingData, open_training_data
-from gpt.training.layout import lay_out, prepare_blocks
+from gpt.training.data import OneBatch, open_training_data, set_vocab_size
+from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
 from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_that_fits, try_pass
 from gpt.training.optimizer import build_optimizers, set_learning_rate
@@ -158,10 +157,11 @@ class Trainer:
             self.say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
             self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
-        self._set_vocab_size(self.data)
+        set_vocab_size(config.model, self.data.tokenizer, self.say)
         self.byte_lengths = self.data.tokenizer.byte_lengths()
         self.doing = "laying out the model"
-        layout = lay_out(config, lambda: self._first_weights(checkpoint), self.compiled, world, self.device)
+        start = partial(first_weights, config, checkpoint is None, self.say)
+        layout = lay_out(config, start, self.compiled, world, self.device)
         self.model, self.objective = layout.model, layout.objective
         self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.work_mesh, self.device.fused_adamw)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
@@ -203,20 +203,6 @@ class Trainer:
             return self.config
         return replace(self.config, tokenizer=replace(tokenizer, path=str(own)))
 
-    def _first_weights(self, checkpoint: Path | None) -> GPT:
-        """Random weights, or those of `init`, in fp32 on the CPU; where a checkpoint brings them, any. Seeds the run's random numbers."""
-        config = self.config
-        torch.manual_seed(config.seed)
-        model = GPT.materialise(config.model)
-        if checkpoint is not None or config.init is None:
-            model.init_weights()
-            return model
-        # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.
-        loaded = load_model(config.init, dtype=torch.float32, allow_pickle=config.allow_pickle, key="init").model
-        model.load_state_dict(loaded.state_dict())
-        self.say(f"weights: {config.init}")
-        return model
-
     def _resume(self, checkpoint: Path) -> None:
         averages = self.average.tensors() if self.average is not None else None
         state = load_checkpoint(checkpoint, self.model, self.optimizers, averages)
@@ -229,15 +215,6 @@ class Trainer:
         if isinstance(self.data.batches, StreamingBatches) and state.stream is not None:
             self.data.batches.load_state_dict(state.stream)
         self.say(f"resuming from {checkpoint} at step {state.step}")
-
-    def _set_vocab_size(self, data: TrainingData) -> None:
-        model, have = self.config.model, data.tokenizer.vocab_size
-        if not model.vocab_size:
-            model.vocab_size = have
-        elif model.vocab_size < have:
-            raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {have} (0 takes the tokenizer's)")
-        elif model.vocab_size > have:
-            self.say(f"note: model.vocab_size={model.vocab_size}, but the tokenizer has {have} ids; the rest is never used")
 
     # The loop
 
