@@ -146,8 +146,8 @@ def parity(config: RunConfig) -> int:
         console.print(line)
     console.print(_table(findings, column))
     console.print(
-        "Errors against CPU fp64: |x - exact| / |exact|; largest: the device's, of one element; "
-        f"times: the device's in terms of {yardstick.what}. Of each layer the tensor that is furthest off.\n"
+        "Errors against CPU fp64: |x - exact| / |exact|; largest: the device's, of one element; times: the device's in terms of "
+        f"{yardstick.what}, or of {FLOOR:.0e} if that is more. Of each layer the tensor that is furthest off.\n"
     )
     console.print(verdict(findings, yardstick, device.type))
     fault = first_departure(findings)
