@@ -137,10 +137,10 @@ def _run_command(command: str, arguments: list[str], config_dir: Path | None, sh
 
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
-    if isinstance(config, ModelUse):
+    if isinstance(config, (ModelUse, RunConfig)):
         from gpt.runtime.environment import prepare_environment
 
-        prepare_environment(config.device_config)
+        prepare_environment(config.device_config if isinstance(config, ModelUse) else config.device)
     module, _, function = _RUNS[command].partition(":")
     return getattr(importlib.import_module(module), function)(config)
 

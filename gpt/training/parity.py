@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 # times as far); a wrong mask, scale, cast or gradient is off by tens to thousands of times that.
 TOLERANCE = 4.0
 FLOOR = 2.0**-20  # relative: of fp32 sums of a few hundred terms in another order, where the CPU happens to be exact
-_TF32_SHARE = 2.0**-3  # of the error of bf16: it keeps three bits more
 _MOST_TOKENS = 4096  # of the micro-batch, unless train.micro_batch says how many: fp64 on a CPU takes its time
 _MOST_LOGITS = 2**25  # compared; those of the first rows
 _LOSS_CHUNK = 512  # tokens whose fp64 logits are held at once
@@ -99,15 +98,6 @@ class Finding:
         return not self.times <= TOLERANCE
 
 
-@dataclass(frozen=True)
-class Yardstick:
-    """What rounding explains: the error of the CPU in one of its columns, or a share of it."""
-
-    column: int
-    share: float
-    what: str
-
-
 def parity(config: RunConfig) -> int:
     """Carry out `gpt parity`: a table and a verdict on stdout. Returns 0 if the device agrees with the CPU, 1 if it departs.
 
@@ -118,8 +108,8 @@ def parity(config: RunConfig) -> int:
 
     if config.parallel.name != "none":
         raise UserError(f"parallel={config.parallel.name}: gpt parity compares one device with the CPU; leave it out")
-    device = find_device(config.device.name, config.precision, config.device.threads)
-    cpu, narrow = (find_device("cpu", precision, config.device.threads) for precision in ("fp32", "bf16"))
+    device, host = find_device(config.device, config.precision), replace(config.device, name="cpu")
+    cpu, narrow = find_device(host, "fp32"), find_device(host, "bf16")
     compiled, how = should_compile(config.compile if config.compile != "auto" else True, device)
     if config.model.dropout:
         say(f"note: model.dropout={config.model.dropout:g} draws other numbers on every device: compared without it")
@@ -134,12 +124,15 @@ def parity(config: RunConfig) -> int:
     def errors(device: Device, compiled: bool, name: str) -> dict[Place, Error]:
         say(f"computing: {name}")
         found = compare(observe(device, compiled), exact)
+        if problem := device.after_first_step():
+            say(f"note: {problem}")
         gc.collect()  # a model that was compiled refers to itself
         return found
 
-    column = f"{device.type} {'bf16' if device.dtype == torch.bfloat16 else 'fp32'}"
+    yardstick, precision = (1, "bf16") if device.dtype == torch.bfloat16 else (0, "fp32")
+    column, rounding = f"{device.type} {precision}", f"the rounding of CPU {precision}"
     columns = [errors(cpu, False, "CPU fp32"), errors(narrow, False, "CPU bf16"), errors(device, compiled, column)]
-    yardstick, loss = yardstick_of(device), exact[LOSS].item()
+    loss = exact[LOSS].item()
     findings = judge(columns, yardstick, loss, targets)
     console = Console(highlight=False, markup=False)
     for line in _about(config, batch, targets, device, "compiled" if compiled else how):
@@ -147,9 +140,9 @@ def parity(config: RunConfig) -> int:
     console.print(_table(findings, column))
     console.print(
         "Errors against CPU fp64: |x - exact| / |exact|; largest: the device's, of one element; times: the device's in terms of "
-        f"{yardstick.what}, or of {FLOOR:.0e} if that is more. Of each layer the tensor that is furthest off.\n"
+        f"{rounding}, or of {FLOOR:.0e} if that is more. Of each layer the tensor that is furthest off.\n"
     )
-    console.print(verdict(findings, yardstick, device.type))
+    console.print(verdict(findings, rounding, device.type))
     fault = first_departure(findings)
     if fault is not None and compiled:
         columns[-1] = errors(device, False, f"{column}, not compiled")
@@ -279,36 +272,25 @@ def compare(found: Mapping[Place, Tensor], exact: Mapping[Place, Tensor]) -> dic
     return errors
 
 
-def yardstick_of(device: Device) -> Yardstick:
-    """What rounding explains on a device: the products' precision there, as the CPU has it."""
-    if device.dtype == torch.bfloat16:
-        return Yardstick(1, 1.0, "the rounding of CPU bf16")
-    if torch.get_float32_matmul_precision() != "highest":
-        return Yardstick(1, _TF32_SHARE, "the rounding of TF32, an eighth of that of CPU bf16")
-    return Yardstick(0, 1.0, "the rounding of CPU fp32")
-
-
-def judge(columns: Sequence[dict[Place, Error]], yardstick: Yardstick, loss: float, targets: int) -> list[Finding]:
+def judge(columns: Sequence[dict[Place, Error]], yardstick: int, loss: float, targets: int) -> list[Finding]:
     """What the errors say.
 
     Args:
         columns: errors of CPU fp32, of CPU bf16 and of the device.
-        yardstick: of the device.
+        yardstick: the one of the CPU's columns that has the device's precision.
         loss: the reference's, the mean over its targets.
         targets: how many they are.
 
     Returns:
         All places in the order in which they are computed.
     """
-    wide, narrow, device = columns
-    findings = []
-    for place, found in device.items():
-        explained = yardstick.share * columns[yardstick.column][place].relative
+    rounding, findings = columns[yardstick], []
+    for place, (wide, narrow, device) in ((place, [column[place] for column in columns]) for place in rounding):
+        explained = rounding[place].relative
         if place == LOSS:  # one number, in which the CPU's errors may happen to cancel: what those of the logits leave of a mean
-            of_logits = columns[yardstick.column][LOGITS].typical
-            explained = max(explained, yardstick.share * of_logits / (targets**0.5 * loss))
-        times = found.relative / max(explained, FLOOR)
-        findings.append(Finding(place, (wide[place], narrow[place], found), math.inf if math.isnan(times) else times))
+            explained = max(explained, rounding[LOGITS].typical / (targets**0.5 * loss))
+        times = device.relative / max(explained, FLOOR)
+        findings.append(Finding(place, (wide, narrow, device), math.inf if math.isnan(times) else times))
     return findings
 
 
@@ -369,17 +351,15 @@ def _name(place: Place) -> str:
     return f"the gradient that {place.layer} hands down" if place.part == "input" else f"the gradient of {place.layer}.{place.part}"
 
 
-def verdict(findings: list[Finding], yardstick: Yardstick, device: str) -> str:
+def verdict(findings: list[Finding], rounding: str, device: str) -> str:
     """One sentence: whether the device agrees with the CPU, or where it first departs."""
     fault = first_departure(findings)
     if fault is None:
         worst = max(findings, key=lambda finding: finding.times)
-        most = f"at most {_times(worst.times)} times {yardstick.what} ({TOLERANCE:g} allowed), in {_name(worst.place)}"
+        most = f"at most {_times(worst.times)} times {rounding} ({TOLERANCE:g} allowed), in {_name(worst.place)}"
         return f"{device} agrees with the CPU: {most}."
     how = (
-        "gives no finite number"
-        if math.isinf(fault.times)
-        else f"is off by {_times(fault.times)} times {yardstick.what} ({TOLERANCE:g} allowed)"
+        "gives no finite number" if math.isinf(fault.times) else f"is off by {_times(fault.times)} times {rounding} ({TOLERANCE:g} allowed)"
     )
     forward = "; the forward pass agrees" if fault.place.backward else ""
     return f"{device} departs from the CPU first in {_name(fault.place)}: it {how}{forward}."

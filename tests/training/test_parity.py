@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from gpt.cli import main
 from gpt.compose import compose_run
-from gpt.config import RunConfig
+from gpt.config import DeviceConfig, RunConfig
 from gpt.model.loss import IGNORE
 from gpt.runtime.device import find_device
 from gpt.training import parity as module
 from gpt.training.layout import Layout, first_weights, lay_out
-from gpt.training.parity import FLOOR, LOGITS, LOSS, Error, Place, _observe, _one_batch, compare, judge, parity, yardstick_of
+from gpt.training.parity import FLOOR, LOGITS, LOSS, Error, Place, _observe, _one_batch, compare, judge, parity
 from tests.training.finetuning import compose_groups_once, save_small_model
 
 SMALL = ["debug=golden", "model.n_layer=4", "train.batch_tokens=256", "device=cpu"]
@@ -131,7 +131,7 @@ def test_what_is_compared_is_what_the_model_computes(overrides, config_of):
     config = config_of(*overrides)
     batch = _one_batch(config)
     targets = int((batch.targets != IGNORE).sum())
-    observe = partial(_observe, config, batch, targets, find_device("cpu", "fp32"), False)
+    observe = partial(_observe, config, batch, targets, find_device(DeviceConfig("cpu"), "fp32"), False)
     model = first_weights(config, True, print)
     logits = model(batch.tokens, documents=batch.documents)
     loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
@@ -155,7 +155,7 @@ def test_what_is_compared_is_what_the_model_computes(overrides, config_of):
 
 def after(layer: str, change: Callable[[Tensor], Tensor], layout: Layout) -> None:
     """Have a module give something else."""
-    layout.model.get_submodule(layer).register_forward_hook(lambda module, inputs, x: change(x))
+    layout.model.get_submodule(layer).register_forward_hook(lambda module, inputs, x: cast(Any, change(cast(Tensor, x))))
 
 
 def before(layer: str, change: Callable[[Tensor], Tensor], layout: Layout) -> None:
@@ -214,7 +214,7 @@ def ignores_documents(layout: Layout) -> None:
 
 
 def wrong_loss(layout: Layout) -> None:
-    layout.objective.register_forward_hook(lambda module, inputs, x: x * 1.001)
+    layout.objective.register_forward_hook(lambda module, inputs, x: cast(Any, cast(Tensor, x) * 1.001))
 
 
 def untied(layout: Layout) -> None:
@@ -348,14 +348,6 @@ def test_the_micro_batch_is_the_runs_own(config_of, capsys):
     assert _one_batch(config).tokens.shape == (64, 64)  # 4,096 tokens of it
 
 
-def test_products_in_tf32_are_measured_with_a_share_of_bf16s_error(monkeypatch):
-    wide, narrow = find_device("cpu", "fp32"), find_device("cpu", "bf16")
-    assert (yardstick_of(wide).column, yardstick_of(narrow).column) == (0, 1)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert (yardstick_of(wide).column, yardstick_of(wide).share) == (1, 1 / 8)
-    assert yardstick_of(narrow).share == 1
-
-
 def test_a_gradient_that_is_zero_is_measured_against_its_layer():
     """A key's bias moves all scores of a query alike: its gradient is rounding and nothing else."""
     matrix, bias = Place(True, "blocks.0", "attention.k.weight"), Place(True, "blocks.0", "attention.k.bias")
@@ -371,13 +363,12 @@ def test_a_loss_that_the_cpu_happens_to_hit_is_measured_by_its_logits():
         return {LOGITS: Error(0.01, logits, 1.0), LOSS: Error(loss, 8 * loss, 8 * loss)}
 
     cpu, exact = column(0.08, 0.0), column(0.0, 0.0)
-    yardstick = yardstick_of(find_device("cpu", "bf16"))
-    (_, found) = judge([exact, cpu, column(0.08, 3e-4)], yardstick, loss=8.0, targets=1024)
+    (_, found) = judge([exact, cpu, column(0.08, 3e-4)], 1, loss=8.0, targets=1024)
     assert found.times == pytest.approx(3e-4 / (0.08 / 32 / 8))
     assert not found.departs
-    (_, found) = judge([exact, cpu, column(0.08, 3e-3)], yardstick, loss=8.0, targets=1024)
+    (_, found) = judge([exact, cpu, column(0.08, 3e-3)], 1, loss=8.0, targets=1024)
     assert found.departs
-    (_, found) = judge([exact, exact, column(0.0, 2 * FLOOR)], yardstick, loss=8.0, targets=1024)
+    (_, found) = judge([exact, exact, column(0.0, 2 * FLOOR)], 1, loss=8.0, targets=1024)
     assert found.times == 2
 
 
