@@ -27,6 +27,8 @@ _RUNS = {
     "finetune": "gpt.launch:launch",
     "generate": "gpt.inference.command:generate",
     "evaluate": "gpt.evaluation.command:evaluate",
+    "parity": "gpt.training.parity:parity",
+    "precompile": "gpt.launch:precompile",
     "export": "gpt.training.export:export",
     "prepare": "gpt.data.command:prepare",
     "inspect": "gpt.inspection.command:inspect",
@@ -87,7 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(help_text.command(command, config_dir))
         return 0
     if multirun:
-        if COMMANDS[command].config is not RunConfig:
+        if not COMMANDS[command].trains:
             raise UserError(f"-m: gpt {command} has no sweeps; they are of gpt pretrain and gpt finetune")
         from gpt.sweep import sweep
 
@@ -123,9 +125,9 @@ def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool, bool]:
 def _run_command(command: str, arguments: list[str], config_dir: Path | None, show: bool) -> int:
     from gpt.compose import compose_run, compose_use, sweep_values
 
-    trains = COMMANDS[command].config is RunConfig
+    compose, trains = compose_run if COMMANDS[command].config is RunConfig else compose_use, COMMANDS[command].trains
     try:
-        config: Any = (compose_run if trains else compose_use)(command, arguments, config_dir)
+        config: Any = compose(command, arguments, config_dir)
     except UserError as error:
         wrong = [a for a in arguments if str(error).startswith(f"{a}:") and len(sweep_values(a, config_dir)) > 1] if trains else []
         if wrong:
@@ -136,10 +138,10 @@ def _run_command(command: str, arguments: list[str], config_dir: Path | None, sh
 
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
-    if isinstance(config, ModelUse):
+    if isinstance(config, (ModelUse, RunConfig)):
         from gpt.runtime.environment import prepare_environment
 
-        prepare_environment(config.device_config)
+        prepare_environment(config.device_config if isinstance(config, ModelUse) else config.device)
     module, _, function = _RUNS[command].partition(":")
     return getattr(importlib.import_module(module), function)(config)
 

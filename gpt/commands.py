@@ -324,19 +324,25 @@ class Command:
         config: the schema of its settings.
         root: the file in `configs/` that lists its groups; empty: it has none.
         words: the key, of a list, that takes the arguments written as words, without `key=`; empty: there are none.
+        trains: whether it starts a training run, which can be continued, and be one of a sweep.
     """
 
     what: str
     config: type
     root: str = ""
     words: str = ""
+    trains: bool = False
 
 
 COMMANDS = {
-    "pretrain": Command("train a model from scratch; with no argument, a small one on Python's standard library", RunConfig, "config"),
-    "finetune": Command("train a model further, on prompts and completions, chats or text", RunConfig, "finetune"),
+    "pretrain": Command(
+        "train a model from scratch; with no argument, a small one on Python's standard library", RunConfig, "config", trains=True
+    ),
+    "finetune": Command("train a model further, on prompts and completions, chats or text", RunConfig, "finetune", trains=True),
     "generate": Command("continue a prompt with a trained model, or chat with it", GenerateConfig),
     "evaluate": Command("loss, perplexity and bits per byte of a model on text, or its scores on tasks", EvaluateConfig, "evaluate"),
+    "parity": Command("compare what the device computes with the CPU, layer by layer, on one batch of a run", RunConfig, "config"),
+    "precompile": Command("compile the graphs of a run ahead of it, into the device's cache", RunConfig, "config"),
     "export": Command("write a run's weights as a Hugging Face directory", ExportConfig),
     "prepare": Command("cut a corpus into token ids ahead of time, or look into one that is", PrepareConfig, "prepare"),
     "inspect": Command("look at batches as a model sees them, in the terminal and on a page", InspectConfig, "inspect"),

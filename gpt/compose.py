@@ -26,7 +26,7 @@ from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_k
 _MODEL_KEYS = {
     **dict.fromkeys(("generate", "evaluate", "inspect", "inspect tokens"), "model"),
     "export": "run",
-    "finetune": "init",
+    **dict.fromkeys(("finetune", "parity", "precompile"), "init"),
     "runs": "dir",
 }
 MOST_RUNS = 1000  # of a sweep: more is a slip
@@ -57,7 +57,7 @@ def groups(overlay: Path | None = None) -> dict[str, list[str]]:
 
 
 def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None = None) -> RunConfig:
-    """Compose a training run from `configs/`, an overlay folder and `key=value` settings.
+    """Compose a training run, or what a run would be, from `configs/`, an overlay folder and `key=value` settings.
 
     Raises:
         UserError: the first thing wrong, with its key and the nearest right name.
@@ -67,6 +67,8 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
     settings = dict(_read(argument, keys, options, command) for argument in arguments)
     chosen = {name: settings.pop(name) for name in list(settings) if name in options}
     resume = settings.get("resume") or "auto"
+    if not COMMANDS[command].trains and resume not in ("auto", "never"):
+        raise UserError(f"resume={resume}: gpt {command} continues no run; init=<run> takes its weights and their shape")
     run = expanded(resume)
     if os.path.isfile(run / "config.yaml"):  # which takes names that are too long
         config = _resumed(run, chosen, settings, keys)
@@ -74,7 +76,8 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
         if resume not in ("auto", "never") and not nearest(resume, ("auto", "never")):
             refuse_no_run("resume", resume, "; give auto, never or a run directory")
         config = from_dict(RunConfig, _hydra_compose(config_dir, chosen, settings, RunConfig, COMMANDS[command].root))
-        config.command = typing.cast(Any, command)
+        if COMMANDS[command].trains:
+            config.command = typing.cast(Any, command)
         if config.init:
             _take_shape(config, [*chosen, *settings])
         elif command == "finetune":
@@ -82,7 +85,7 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
                 "init: finetune starts from weights; give a run, a Hugging Face directory or a hub id, e.g. init=runs/<id> "
                 "(gpt pretrain starts from none)"
             )
-    if config.command != command:
+    if COMMANDS[command].trains and config.command != command:
         raise UserError(f"resume={settings['resume']}: that run was started by gpt {config.command}; continue it so")
     config.validate()
     return config

@@ -221,6 +221,8 @@ class RunConfig:
     """Of the matrix products; weights and sums are fp32. auto: bf16 where the chip multiplies it."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile block by block; auto: where it pays within the run."""
+    precompile: bool = False
+    """Only fill the device's cache of compiled graphs: two steps and a validation, of which nothing else is kept (`gpt precompile`)."""
     profile: bool = False
     """Record some steps with torch.profiler: a trace in the run directory, and the ten dearest operations printed."""
     init: str | None = None

@@ -47,6 +47,11 @@ EXAMPLES = {
         ("gpt evaluate model=<folder> data=text data.paths=[book.txt]", "on your own text, all of it"),
         ("gpt evaluate model=<folder> tasks=[hellaswag] limit=100", "tasks of lm-evaluation-harness"),
     ],
+    "parity": [
+        ("gpt parity", "the default run's model and data, on the device found"),
+        ("gpt parity model=gpt2-mini device=cuda precision=bf16", "the settings of gpt pretrain"),
+        ("gpt parity init=runs/<id> train.micro_batch=4", "with the weights of a run; on four sequences"),
+    ],
     "export": [
         ("gpt export run=runs/<id>", "the best weights, into runs/<id>/export"),
         ("gpt export run=runs/<id>/checkpoints/step-00001000 dtype=bfloat16 output=my-model", "one checkpoint, in bfloat16"),

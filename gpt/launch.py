@@ -12,11 +12,12 @@ import signal
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gpt.compose import load_config
-from gpt.config import RunConfig
+from gpt.config import RunConfig, RunSection, TrackingConfig
 from gpt.errors import UserError, exit_code_of
 from gpt.runtime.environment import prepare_environment
 
@@ -28,6 +29,28 @@ def launch(config: RunConfig) -> int:
 
     if is_worker():
         return _work(config)
+    return precompile(config) if config.precompile else _run(config)
+
+
+def precompile(config: RunConfig) -> int:
+    """Fill the device's cache of compiled graphs with those of a run, and return the exit code.
+
+    Raises:
+        UserError: a launcher has started this process; it starts those of the run itself.
+    """
+    prepare_environment(config.device)
+    from gpt.runtime.distributed import is_worker
+
+    if is_worker():
+        raise UserError("gpt precompile starts its processes itself (launch.nproc): call it without torchrun or accelerate launch")
+    train = replace(config.train, budget="2steps", log_every=1, eval_every=0, eval_tokens=config.train.batch_tokens)
+    with tempfile.TemporaryDirectory(prefix="gpt-precompile-") as folder:
+        run, tracking = RunSection("precompile", folder), TrackingConfig()
+        return _run(replace(config, precompile=True, compile=True, resume="never", run=run, train=train, tracking=tracking))
+
+
+def _run(config: RunConfig) -> int:
+    """Start the processes of a run, or be its only one."""
     processes = _processes(config)
     if processes * config.launch.nnodes == 1 and not config.launch.max_restarts:
         return _train(config)

@@ -47,6 +47,8 @@ def should_compile(
         return False, f"not compiled: {obstacle}, so the run is slower"
     if setting is True:
         return True, "compile=true"
+    if device.fixed_graphs:
+        return True, "compiled block by block"
     if flops is not None:
         seconds = flops / device.assumed_flops
     if seconds is not None and seconds < _PAYS_AFTER_SECONDS:

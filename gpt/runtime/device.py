@@ -96,6 +96,12 @@ class Device:
         """For torch.compile; every shape is fixed."""
         return {"dynamic": False}
 
+    def compile_cache(self) -> str | None:
+        """The folder in which torch.compile finds what it has made before; None: it keeps nothing."""
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        return cache_dir()
+
     def after_first_step(self) -> str | None:
         """Called when a step has been done: what is wrong with how it went, or None.
 

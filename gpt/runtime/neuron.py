@@ -19,7 +19,7 @@ import torch
 from gpt.config import DeviceConfig
 from gpt.errors import UserError
 from gpt.runtime.device import Device, product_dtype
-from gpt.runtime.environment import STRICT_VARIABLE, instance_type, neuron_obstacle, neuron_version
+from gpt.runtime.environment import CACHE_VARIABLE, STRICT_VARIABLE, instance_type, neuron_obstacle, neuron_version
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,10 @@ class Neuron(Device):
     def compile_options(self) -> dict[str, Any]:
         """Whole graphs of fixed shapes: with `dynamic` left to torch the compiler stops with NCC_EMOD025."""
         return {"backend": "neuron", "dynamic": False, "fullgraph": True}
+
+    def compile_cache(self) -> str | None:
+        """TorchNeuron's own."""
+        return None if self.simulated else os.environ[CACHE_VARIABLE]
 
     def after_first_step(self) -> str | None:
         """Name what silently ran on the CPU.

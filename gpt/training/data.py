@@ -133,6 +133,21 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
     )
 
 
+def set_vocab_size(model: GPTConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """Give a model as many ids as its tokenizer has, unless its config says how many.
+
+    Raises:
+        UserError: it says too few.
+    """
+    have = tokenizer.vocab_size
+    if not model.vocab_size:
+        model.vocab_size = have
+    elif model.vocab_size < have:
+        raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {have} (0 takes the tokenizer's)")
+    elif model.vocab_size > have:
+        say(f"note: model.vocab_size={model.vocab_size}, but the tokenizer has {have} ids; the rest is never used")
+
+
 def _holds_conversations(data: DataConfig) -> bool:
     """Whether examples are written with a chat template: messages, or prompts and completions that are lists of them."""
     for part in data.parts or [data]:
@@ -162,18 +177,3 @@ def _held_out_prompts(corpus: Corpus, count: int) -> list[Prompt]:
             expected = [index for index in ids[border:last].tolist() if index != corpus.tokenizer.end_of_text]
             found.append(Prompt(ids[:border].tolist(), corpus.tokenizer.decode(expected)))
     return found
-
-
-def settle_vocabulary(model: GPTConfig, data: TrainingData, say: Callable[[str], None]) -> None:
-    """Give a model's config its vocabulary, the tokenizer's if it has none.
-
-    Raises:
-        UserError: it has one that is too small.
-    """
-    have = data.tokenizer.vocab_size
-    if not model.vocab_size:
-        model.vocab_size = have
-    elif model.vocab_size < have:
-        raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {have} (0 takes the tokenizer's)")
-    elif model.vocab_size > have:
-        say(f"note: model.vocab_size={model.vocab_size}, but the tokenizer has {have} ids; the rest is never used")

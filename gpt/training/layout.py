@@ -67,17 +67,17 @@ def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool,
     return Layout(model, spread_objective)
 
 
-def first_weights(config: RunConfig, resumes: bool, say: Callable[[str], None]) -> GPT:
-    """A run's model in fp32 on the CPU, with random weights, or those of `init`. Seeds the run's random numbers.
+def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None]) -> GPT:
+    """The model that a run begins with, in fp32 on the CPU; seeds the run's random numbers.
 
     Args:
         config: the run, with the size of the vocabulary.
-        resumes: a checkpoint brings the weights: any will do.
-        say: takes a line for people.
+        fresh: whether it begins with these weights, random ones or those of `init`; False: a checkpoint brings others.
+        say: takes progress messages.
     """
     torch.manual_seed(config.seed)
     model = GPT.materialise(config.model)
-    if resumes or config.init is None:
+    if not fresh or config.init is None:
         model.init_weights()
         return model
     # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.

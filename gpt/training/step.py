@@ -84,6 +84,18 @@ class Counts:
         return (c["losses"] >= SPIKE_AFTER) & (loss > c["loss_mean"] + margin)
 
 
+def rows_on_device(batch: Batch, those: slice, device: Device, vocab_size: int) -> tuple[Batch, Tensor | None]:
+    """Some rows of a batch, and which of their targets count if they are few (`valid_rows`), on the device."""
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device.type, non_blocking=True)
+
+    targets = batch.targets[those]
+    learned = valid_rows(targets, chunk_size(device.type, vocab_size, targets.numel()))
+    documents = None if batch.documents is None else batch.documents[those]
+    return Batch(cast(Tensor, moved(batch.tokens[those])), cast(Tensor, moved(targets)), moved(documents)), moved(learned)
+
+
 class Step:
     """Does optimizer steps.
 
@@ -182,17 +194,7 @@ class Step:
         self._zero_grad()
 
     def _part(self, batch: Batch, first: int) -> tuple[Batch, Tensor | None]:
-        """The rows of a micro-batch, and which of its targets count if they are few (`valid_rows`), on the device."""
-        those = slice(first, first + self.micro_batch)
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(self.device.type, non_blocking=True)
-
-        targets = batch.targets[those]
-        learned = valid_rows(targets, chunk_size(self.device.type, self.model.config.vocab_size, targets.numel()))
-        documents = None if batch.documents is None else batch.documents[those]
-        part = Batch(cast(Tensor, moved(batch.tokens[those])), cast(Tensor, moved(targets)), moved(documents))
-        return part, moved(learned)
+        return rows_on_device(batch, slice(first, first + self.micro_batch), self.device, self.model.config.vocab_size)
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:

@@ -40,7 +40,7 @@ from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkp
 from gpt.training.checkpoint_retention import Retention
 from gpt.training.checkpoint_writer import CheckpointWriter
 from gpt.training.clock import StepClock
-from gpt.training.data import OneBatch, open_training_data, settle_vocabulary
+from gpt.training.data import OneBatch, open_training_data, set_vocab_size
 from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
 from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_that_fits, try_pass
@@ -110,6 +110,12 @@ class Trainer:
             if interrupted:
                 self.say(f"interrupted at step {self.state.step}; continue with: gpt {config.command} resume={self.directory.path}")
                 result = Result(128 + interrupted, self.directory.path, self.state)
+            elif config.precompile:
+                kept = self.device.compile_cache()
+                self.say(
+                    f"compiled: {self.graphs.count} graphs, {f'which a run finds in {kept}' if kept else 'of which a rehearsal keeps none'}"
+                )
+                result = Result(0, self.directory.path, self.state)
             else:
                 result = self._finish()
             self.world.leave()  # not after an error, which the processes first tell each other
@@ -157,11 +163,12 @@ class Trainer:
             self.say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
             self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
-        settle_vocabulary(config.model, self.data, self.say)
+        set_vocab_size(config.model, self.data.tokenizer, self.say)
         self.byte_lengths = self.data.tokenizer.byte_lengths()
         self.doing = "laying out the model"
         self.graphs = FixedGraphs(self.device, expected_graphs(config.train, config.model.n_layer) if self.compiled else 0)
-        layout = lay_out(config, partial(first_weights, config, checkpoint is not None, self.say), self.compiled, world, self.device)
+        start = partial(first_weights, config, checkpoint is None, self.say)
+        layout = lay_out(config, start, self.compiled, world, self.device)
         self.model, self.objective = layout.model, layout.objective
         self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.work_mesh, self.device.fused_adamw)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
@@ -270,7 +277,8 @@ class Trainer:
                 if profiler is not None:
                     profiler.step()
             signalled = self._agree()
-            self._save(required=True)
+            if not config.precompile:
+                self._save(required=True)
             if signalled:
                 self.watching.stopped()
         return signalled or None
