@@ -21,9 +21,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_ROOT_USER_ACTION=ignore
 
-# On a CPU torch.compile writes C++ and compiles it when a run starts. The version follows the base image's Debian release:
-# a mirror keeps only the newest, so one written here would stop building at the next security update.
-# hadolint ignore=DL3008
+# On a CPU torch.compile writes C++ and compiles it when a run starts.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*

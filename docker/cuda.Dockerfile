@@ -22,9 +22,7 @@ ARG PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_ROOT_USER_ACTION=ignore
 
 # torch.compile needs a compiler when a run starts: Triton builds the C code that launches its kernels (against Python's headers, which
-# this base has), Inductor C++ for what stays on the CPU. The version follows the base image's Debian release: a mirror keeps only the
-# newest, so one written here would stop building at the next security update.
-# hadolint ignore=DL3008
+# this base has), Inductor C++ for what stays on the CPU.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*

@@ -25,9 +25,7 @@ ARG DEBIAN_FRONTEND=noninteractive
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_ROOT_USER_ACTION=ignore
 
-# g++, as AWS's instructions have it. Ubuntu's versions follow the base image's release: a mirror keeps only the newest, so one written
-# here would stop building at the next security update.
-# hadolint ignore=DL3008
+# g++ and Python, as AWS's instructions have it.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates g++ python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
