@@ -54,7 +54,7 @@ WORKDIR /work
 # For a SageMaker job, whose /opt/ml belongs to root: --build-arg RUN_AS=root
 ARG RUN_AS=gpt
 USER ${RUN_AS}
-# There is no GPU while an image is built: doctor sees what was installed, not the driver.
+# There is no GPU while an image is built: what can be tried is what was installed.
 RUN gpt doctor && rm -rf /tmp/* /home/gpt/.cache/* /work/*
 ENTRYPOINT ["gpt"]
 CMD ["--help"]

@@ -75,7 +75,7 @@ WORKDIR /work
 # Root, because this is the image of SageMaker jobs, whose /opt/ml belongs to root. Elsewhere: docker run --user, or --build-arg RUN_AS=1000
 ARG RUN_AS=root
 USER ${RUN_AS}
-# There is no Trainium while an image is built: doctor sees what was installed, not driver and cores.
-RUN gpt doctor && rm -rf /tmp/* /home/gpt/.cache/* /work/*
+# There is no Trainium while an image is built, even on a Trainium machine: what can be tried is what was installed.
+RUN gpt doctor device=cpu && rm -rf /tmp/* /home/gpt/.cache/* /work/*
 ENTRYPOINT ["gpt"]
 CMD ["--help"]
