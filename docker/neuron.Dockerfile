@@ -65,17 +65,17 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/build/dist \
 
 # Any user id may run it (`docker run --user`), so these are open to all, as /tmp is. The caches lie in one folder, to be mounted:
 # a compiled graph that is lost costs minutes of an expensive machine.
-RUN install --directory --mode 1777 /home/gpt /home/gpt/.cache /work
-ENV HOME=/home/gpt \
+RUN install --directory --mode 1777 /gpt /gpt/.cache /work
+ENV HOME=/gpt \
     PYTHONUNBUFFERED=1 \
-    TORCHINDUCTOR_CACHE_DIR=/home/gpt/.cache/torchinductor \
-    TORCH_NEURONX_NEFF_CACHE_DIR=/home/gpt/.cache/neuron
+    TORCHINDUCTOR_CACHE_DIR=/gpt/.cache/torchinductor \
+    TORCH_NEURONX_NEFF_CACHE_DIR=/gpt/.cache/neuron
 WORKDIR /work
 
 # Root, because this is the image of SageMaker jobs, whose /opt/ml belongs to root. Elsewhere: docker run --user, or --build-arg RUN_AS=1000
 ARG RUN_AS=root
 USER ${RUN_AS}
 # There is no Trainium while an image is built, even on a Trainium machine: what can be tried is what was installed.
-RUN gpt doctor device=cpu && rm -rf /tmp/* /home/gpt/.cache/* /work/*
+RUN gpt doctor device=cpu && rm -rf /tmp/* /gpt/.cache/* /work/*
 ENTRYPOINT ["gpt"]
 CMD ["--help"]
