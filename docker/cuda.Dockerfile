@@ -6,8 +6,9 @@ ARG PYTHON=docker.io/library/python:3.12.15-slim-trixie@sha256:29113dcae7aad06da
 
 # The wheel is built apart, so that the build's tools and the sources do not reach the image.
 FROM ${PYTHON} AS wheel
+ARG PIP_CACHE_DIR=/var/cache/pip
 WORKDIR /src
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=bind,source=constraints.txt,target=/build/constraints.txt \
     pip install --constraint /build/constraints.txt build hatchling
 COPY pyproject.toml README.md LICENSE ./
@@ -18,6 +19,7 @@ RUN python -m build --wheel --no-isolation --outdir /dist
 FROM ${PYTHON}
 LABEL org.opencontainers.image.title="gpt (CUDA)" org.opencontainers.image.licenses="Apache-2.0"
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ARG PIP_CACHE_DIR=/var/cache/pip
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_ROOT_USER_ACTION=ignore
 
@@ -29,10 +31,10 @@ RUN apt-get update \
 
 # From the largest and slowest to change to the smallest: a change of gpt makes a new layer of a few megabytes only.
 # The plain `torch` of the package index brings CUDA's libraries as wheels, so the base needs none: the driver comes from the host.
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=bind,source=constraints.txt,target=/build/constraints.txt \
     pip install --constraint /build/constraints.txt torch
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=bind,source=constraints.txt,target=/build/constraints.txt \
     --mount=type=bind,source=pyproject.toml,target=/build/pyproject.toml \
     python -c 'import tomllib; print(*tomllib.load(open("/build/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \

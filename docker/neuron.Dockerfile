@@ -9,8 +9,9 @@ ARG UBUNTU=docker.io/library/ubuntu:26.04@sha256:da6fc2be547864451aa253836dd926d
 
 # The wheel is built apart, so that the build's tools and the sources do not reach the image.
 FROM ${PYTHON} AS wheel
+ARG PIP_CACHE_DIR=/var/cache/pip
 WORKDIR /src
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=bind,source=constraints.txt,target=/build/constraints.txt \
     pip install --constraint /build/constraints.txt build hatchling
 COPY pyproject.toml README.md LICENSE ./
@@ -22,6 +23,7 @@ FROM ${UBUNTU}
 LABEL org.opencontainers.image.title="gpt (Neuron)" org.opencontainers.image.licenses="Apache-2.0"
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ARG DEBIAN_FRONTEND=noninteractive
+ARG PIP_CACHE_DIR=/var/cache/pip
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_ROOT_USER_ACTION=ignore
 
@@ -48,14 +50,14 @@ ENV PATH=/opt/venv/bin:/opt/aws/neuron/bin:/usr/local/sbin:/usr/local/bin:/usr/s
 # torch-neuronx's must be the same. Never torch_xla: an environment that has it is refused.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG NEURON_INDEX=https://pip.repos.neuron.amazonaws.com
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=bind,source=constraints.txt,target=/build/constraints.txt \
     pip install --no-deps --index-url "${TORCH_INDEX}" --constraint /build/constraints.txt torch
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=bind,source=constraints.txt,target=/build/constraints.txt \
     pip install --extra-index-url "${NEURON_INDEX}" --constraint /build/constraints.txt \
         "torch-neuronx==2.13.3.0.*" "neuronx-cc==2.28.7631.0" "nki==0.7.0"
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=bind,source=constraints.txt,target=/build/constraints.txt \
     --mount=type=bind,source=pyproject.toml,target=/build/pyproject.toml \
     python -c 'import tomllib; print(*tomllib.load(open("/build/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
