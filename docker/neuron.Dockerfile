@@ -66,12 +66,11 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/build/dist \
     pip install --no-deps --no-index --no-cache-dir /build/dist/*.whl && pip check
 
 # Any user id may run it (`docker run --user`), so these are open to all, as /tmp is. The caches lie in one folder, to be mounted:
-# a compiled graph that is lost costs minutes of an expensive machine.
+# a compiled graph that is lost costs minutes of an expensive machine. Neuron's own variables are set by gpt, from the config.
 RUN install --directory --mode 1777 /gpt /gpt/.cache /work
 ENV HOME=/gpt \
     PYTHONUNBUFFERED=1 \
-    TORCHINDUCTOR_CACHE_DIR=/gpt/.cache/torchinductor \
-    TORCH_NEURONX_NEFF_CACHE_DIR=/gpt/.cache/neuron
+    TORCHINDUCTOR_CACHE_DIR=/gpt/.cache/torchinductor
 WORKDIR /work
 
 # Root, because this is the image of SageMaker jobs, whose /opt/ml belongs to root. Elsewhere: docker run --user, or --build-arg RUN_AS=1000
