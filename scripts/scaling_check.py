@@ -36,6 +36,7 @@ from gpt.model.transformer import GPT
 from gpt.runtime import parallel
 from gpt.runtime.cpu import Cpu
 from gpt.runtime.distributed import join_world
+from gpt.runtime.memory import FLOAT, Case, activations, block_activations, cast_weights, loss_bytes, passes, states, update
 from gpt.runtime.sharding import local_part
 from gpt.training.checkpoint import TrainingState
 from gpt.training.clock import StepClock
@@ -43,20 +44,7 @@ from gpt.training.layout import lay_out
 from gpt.training.optimizer import build_optimizers
 from gpt.training.step import Counts, Step
 from gpt.training.weight_average import WeightAverage
-from scripts.scaling import (
-    FLOAT,
-    Case,
-    activations,
-    block_activations,
-    cast_weights,
-    loss_bytes,
-    passes,
-    ring,
-    row,
-    states,
-    traffic,
-    update,
-)  # fmt: skip
+from scripts.scaling import ring, row, traffic
 
 
 class _Counting(TorchDispatchMode):
@@ -153,8 +141,8 @@ def count(case: Case) -> dict[str, float]:
     device = Cpu("", dtype)
     name = "none" if case.ranks == 1 else "fsdp" if case.shards else "ddp"
     config = RunConfig(model=replace(case.model), parallel=ParallelConfig(name, case.tensor, case.replicas if name == "fsdp" else 1))
-    config.train.activation_checkpointing = case.checkpointing  # type: ignore[assignment]
-    config.optimizer.name = case.optimizer  # type: ignore[assignment]
+    config.train.activation_checkpointing, config.train.activation_checkpointing_n = case.checkpointing, case.every
+    config.optimizer.name = case.optimizer
     world = join_world(config.parallel, device, 60)
     torch.manual_seed(0)
     caches: list[Any] = []
@@ -165,19 +153,21 @@ def count(case: Case) -> dict[str, float]:
         return made
 
     with mock.patch.object(parallel, "create_selective_checkpoint_contexts", contexts):
-        layout = lay_out(config, lambda: GPT(case.model), False, world, device)
+        layout = lay_out(config, lambda: GPT(case.model), case.compiled, world, device)
     model, objective = layout.model, layout.objective
     optimizers = build_optimizers(config.optimizer, model, dtype, world.work_mesh)
     average = WeightAverage(model, 0.9) if case.ema else None
     counts = Counts(TrainingState(), device)
     step = Step(objective, model, optimizers, average, counts, world, device, case.micro_batch, 1.0, False, StepClock(device))
     rows = torch.randint(case.model.vocab_size, (case.micro_batch * case.passes, case.length + 1))
-    batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None)
+    documents = (torch.arange(case.length) // 50).expand(len(rows), -1).contiguous() if case.documents else None
+    batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), documents)
     step(batch)
 
     def forward() -> Tensor:
         with device.autocast():
-            return objective(batch.tokens[: case.micro_batch], batch.targets[: case.micro_batch], None)
+            parts = (None if t is None else t[: case.micro_batch] for t in (batch.tokens, batch.targets, batch.documents))
+            return objective(*parts)
 
     weights = list(model.parameters())
     moments = [t for o in optimizers for state in o.state.values() for key, t in state.items() if key != "step"]
@@ -226,8 +216,9 @@ def count(case: Case) -> dict[str, float]:
 
 def expected(case: Case) -> dict[str, float]:
     """What the formulas say of `count`'s figures."""
-    lasting, checkpointed = states(case), case.checkpointing != "none"
-    kept = activations(case) - (block_activations(case) if checkpointed else -cast_weights(case))
+    lasting = states(case)
+    casts = cast_weights(case) * (1 - case.computed_again / case.model.n_layer)
+    kept = activations(case) + casts - (block_activations(case) if case.computed_again else 0)
     return {
         **lasting, "gradients": FLOAT * case.elements(), "gradients between passes": FLOAT * case.elements(whole=case.is_divided),
         "kept for backward": kept + loss_bytes(case),
@@ -243,13 +234,21 @@ SMALL = {
         1000, 128, n_layer=4, n_head=8, n_kv_head=4, d_model=256, d_ff=704, positions="rotary", norm="rmsnorm", activation="swiglu",
         bias=False, tie_embeddings=False,
     ),
+    "Qwen3": GPTConfig(
+        1000, 128, n_layer=4, n_head=8, n_kv_head=4, d_model=256, d_ff=704, positions="rotary", norm="rmsnorm", activation="swiglu",
+        bias=False, qk_norm=True,
+    ),
+    "NeoX": GPTConfig(
+        1024, 128, n_layer=4, n_head=4, d_model=256, positions="rotary", rope_fraction=0.25, activation="gelu", parallel_residual=True
+    ),
+    "2017": GPTConfig(1024, 128, n_layer=4, n_head=4, d_model=256, positions="sinusoidal", embedding_scale=16.0, dropout=0.1),
 }  # fmt: skip
 
 
 def small(name: str, **changes: Any) -> Case:
     """A case to measure: a model of a few million parameters, two passes of two sequences."""
     model = SMALL[name]
-    return replace(Case(model, length=128, micro_batch=2, passes=2, ema=True, plain_rmsnorm=True), **changes)
+    return replace(Case(model, length=128, micro_batch=2, passes=2, ema=True, plain=True), **changes)
 
 
 def work(rank: int, ranks: int, port: int, cases: Sequence[Case], folder: str) -> None:

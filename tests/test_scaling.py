@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gpt import GPT, GPTConfig
-from scripts.scaling import Case, gpt2_xl, lean_peak, llama_8b, parameters, peak, states, tables
+from gpt.runtime.memory import Case, parameters, peak, states
+from scripts.scaling import gpt2_xl, lean_peak, llama_8b, tables
 from scripts.scaling_check import EXACT, SMALL, expected, measure, small
 
 QWEN2 = GPTConfig(
