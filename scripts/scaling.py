@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gpt.compose import compose_run
 from gpt.model.config import GPTConfig
+from gpt.model.loss import chunk_size
 from gpt.runtime.memory import FLOAT, ROOM, Case, accumulated, cast_weights, parameters, passes, peak, states, update
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,8 @@ def traffic(case: Case, all_to_all: bool = True) -> dict[str, float]:
     result = {"parameters": 0.0, "gradients": 0.0, "activations": 0.0, "muon": 0.0}
     result["parameters"] = case.passes * ring(S, 2 * blocks + root)
     result["gradients"] = ring(S, blocks + root) + 2 * ring(R, (blocks + root) / S)
+    if case.model.qk_norm:  # each rank's heads have a part of the gradients of the norms that they share
+        result["gradients"] += 2 * ring(t, FLOAT * 2 * L * -(-case.model.head_dim // S))
     inputs = 5 if case.model.activation == "swiglu" else 4  # products whose input's gradient is summed, each by itself and in fp32
     products = case.micro_batch * case.length * case.model.d_model * (2 * case.width + inputs * FLOAT)
     result["activations"] = case.passes * L * 2 * ring(t, products)
@@ -72,6 +75,7 @@ class Machine:
         memory: bytes of a rank.
         flops: of a rank, dense bf16, a second.
         link: bytes a second that a rank can send.
+        device: torch's type.
     """
 
     name: str
@@ -79,10 +83,11 @@ class Machine:
     memory: float
     flops: float
     link: float
+    device: str = "cuda"
 
 
 H100, H200 = (Machine(f"8 {name}", 8, size, 989e12, 450e9) for name, size in (("H100", 80e9), ("H200", 141e9)))
-TRAINIUM2 = Machine("64 Trainium2", 64, 24 * 2**30, 166.75e12, 1024e9 / 4 / 2)
+TRAINIUM2 = Machine("64 Trainium2", 64, 24 * 2**30, 166.75e12, 1024e9 / 4 / 2, "neuron")
 MFU = 0.4  # share of the peak that is assumed; not measured
 
 
@@ -117,7 +122,8 @@ def layouts(c: GPTConfig, machine: Machine, sequences: int, micro_batch: int) ->
     for name, (shards, replicas, tensor) in plans.items():
         mine = sequences // (n // tensor)
         size = min(micro_batch, mine)
-        found[name] = Case(c, shards, replicas, tensor, c.context_length, size, mine // size)
+        case = Case(c, shards, replicas, tensor, c.context_length, size, mine // size)
+        found[name] = replace(case, chunk=chunk_size(machine.device, c.vocab_size))
     return found
 
 

@@ -174,17 +174,27 @@ def _drops_in_parts(case: Case) -> bool:
     return case.plain and case.model.dropout > 0
 
 
+def _is_blockwise(case: Case) -> bool:
+    """Whether attention is `blockwise_causal_attention`."""
+    return case.compiled and case.plain and case.length <= BLOCKWISE_MAX_LENGTH and not case.model.dropout
+
+
+def _seen(case: Case) -> int:
+    """Scores that it makes of a head."""
+    ends = [min(start + QUERY_BLOCK, case.length) for start in range(0, case.length, QUERY_BLOCK)]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+
+
 def _attention_bytes(case: Case) -> int:
     """q, k, v and the result, and what attention keeps of the scores."""
-    M, e, T, w = case.tokens, case.width, case.length, _widths(case)
-    scores = M * w.heads * T
+    M, e, w = case.tokens, case.width, _widths(case)
+    scores = M * w.heads * case.length
     if _drops_in_parts(case):
         if case.compiled:  # q, k, v, the copy that `out` multiplies; scores in fp32, what is dropped in bytes
             return e * M * 4 * w.a + 5 * scores + 8 * M * w.heads
         return FLOAT * M * 3 * w.a + 3 * FLOAT * scores + e * M * w.a
-    if case.compiled and case.plain and T <= BLOCKWISE_MAX_LENGTH:
-        seen = sum((min(start + QUERY_BLOCK, T) - start) * min(start + QUERY_BLOCK, T) for start in range(0, T, QUERY_BLOCK))
-        return e * M * 5 * w.a + FLOAT * M * w.heads + e * case.micro_batch * w.heads * seen
+    if _is_blockwise(case):
+        return e * M * 5 * w.a + FLOAT * M * w.heads + e * case.micro_batch * w.heads * _seen(case)
     kv = w.a if case.documents and not case.plain else w.kv  # a GPU's kernel takes no mask with groups of heads
     kept = e * M * (2 * w.a + 2 * kv) + FLOAT * M * w.heads
     # The result lies as q does, head by head where those are normed or turned in part, and is then copied for `out`.
@@ -225,12 +235,14 @@ def block_activations(case: Case) -> int:
 
 
 def kept_products(case: Case) -> int:
-    """Bytes of a block's products and attention, which selective checkpointing keeps, but not in a compiled block (measured)."""
-    if case.compiled:
-        return 0
+    """Bytes of a block's products and attention, which selective checkpointing keeps; compiled, those that backward needs."""
     c, M, e, w = case.model, case.tokens, case.width, _widths(case)
-    attention = FLOAT * M * (w.a + w.heads * case.length) if _drops_in_parts(case) else e * M * w.a + FLOAT * M * w.heads
-    return e * M * (w.a + 2 * w.kv + 2 * w.d + (2 if c.activation == "swiglu" else 1) * w.f) + attention
+    if _drops_in_parts(case):
+        attention = FLOAT * M * (w.a + w.heads * case.length)
+    else:
+        attention = e * M * w.a + (e * case.micro_batch * w.heads * _seen(case) if _is_blockwise(case) else FLOAT * M * w.heads)
+    residual = (0 if c.parallel_residual else 1) if case.compiled else 2
+    return e * M * (w.a + 2 * w.kv + residual * w.d + (2 if c.activation == "swiglu" else 1) * w.f) + attention
 
 
 def activations(case: Case) -> int:
@@ -418,4 +430,4 @@ def fit_rows(case: Case, capacity: int | None) -> list[tuple[str, float]]:
     memory = needs(case)
     rows = [(label, getattr(memory, name)) for name, label in _LABELS.items() if getattr(memory, name)]
     rows.append((f"all, on each of {case.ranks} ranks" if case.ranks > 1 else "all", memory.total))
-    return rows if capacity is None else [*rows, ("of the device's memory", float(capacity)), ("left", capacity - memory.total)]
+    return rows if capacity is None else [*rows, ("memory of the device", float(capacity)), ("left", capacity - memory.total)]
