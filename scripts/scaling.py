@@ -76,6 +76,7 @@ class Machine:
         flops: of a rank, dense bf16, a second.
         link: bytes a second that a rank can send.
         device: torch's type.
+        fused_adamw: whether it has AdamW as one kernel.
     """
 
     name: str
@@ -84,10 +85,11 @@ class Machine:
     flops: float
     link: float
     device: str = "cuda"
+    fused_adamw: bool = True
 
 
 H100, H200 = (Machine(f"8 {name}", 8, size, 989e12, 450e9) for name, size in (("H100", 80e9), ("H200", 141e9)))
-TRAINIUM2 = Machine("64 Trainium2", 64, 24 * 2**30, 166.75e12, 1024e9 / 4 / 2, "neuron")
+TRAINIUM2 = Machine("64 Trainium2", 64, 24 * 2**30, 166.75e12, 1024e9 / 4 / 2, "neuron", fused_adamw=False)
 MFU = 0.4  # share of the peak that is assumed; not measured
 
 
@@ -123,7 +125,8 @@ def layouts(c: GPTConfig, machine: Machine, sequences: int, micro_batch: int) ->
         mine = sequences // (n // tensor)
         size = min(micro_batch, mine)
         case = Case(c, shards, replicas, tensor, c.context_length, size, mine // size)
-        found[name] = replace(case, chunk=chunk_size(machine.device, c.vocab_size))
+        chunk = chunk_size(machine.device, c.vocab_size, case.tokens)
+        found[name] = replace(case, chunk=chunk, fused_adamw=machine.fused_adamw)
     return found
 
 

@@ -159,7 +159,7 @@ def count(case: Case) -> dict[str, float]:
     with mock.patch.object(parallel, "create_selective_checkpoint_contexts", made_by):
         layout = lay_out(config, lambda: GPT(case.model), case.compiled, world, device)
     model, objective = layout.model, layout.objective
-    optimizers = build_optimizers(config.optimizer, model, dtype, world.work_mesh)
+    optimizers = build_optimizers(config.optimizer, model, dtype, world.work_mesh, case.fused_adamw)
     average = WeightAverage(model, 0.9) if case.ema else None
     counts = Counts(TrainingState(), device)
     step = Step(objective, model, optimizers, average, counts, world, device, case.micro_batch, 1.0, False, StepClock(device))
@@ -302,6 +302,8 @@ def not_said(case: Case) -> set[str]:
 CHECKED = {
     1: {
         "GPT-2, bf16": small("GPT-2"), "GPT-2, fp32": small("GPT-2", width=4), "GPT-2, adamw": small("GPT-2", optimizer="adamw", ema=False),
+        "GPT-2, muon, AdamW in parts": small("GPT-2", fused_adamw=False),
+        "GPT-2, adamw, in parts": small("GPT-2", optimizer="adamw", fused_adamw=False, ema=False),
         "Llama, bf16": small("Llama"), "Llama, fp32": small("Llama", width=4),
         "Llama, full": small("Llama", checkpointing="full"), "Llama, selective": small("Llama", checkpointing="selective"),
         "Qwen3, bf16": small("Qwen3"), "Qwen3, fp32": small("Qwen3", width=4), "Qwen3, documents": small("Qwen3", documents=True),

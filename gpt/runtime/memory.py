@@ -12,12 +12,11 @@ from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-import torch
-
 from gpt.config import RunConfig
 from gpt.model.attention import BLOCKWISE_MAX_LENGTH, QUERY_BLOCK
 from gpt.model.config import GPTConfig
 from gpt.model.loss import chunk_size
+from gpt.runtime.device import Device
 
 FLOAT = 4  # bytes; parameters, gradients and states
 ROOM = 0.9  # share of a device's memory that is ours; the rest is the runtime's, the collectives' and what lies in pieces
@@ -92,6 +91,7 @@ class Case:
         documents: whether rows hold several documents, none of which sees another.
         plain: whether RMSNorm, dropout and attention with dropout are several operations each, as on a CPU, and keep what is between
             them, and compiled attention is our own; else they are the fused ones of a GPU.
+        fused_adamw: whether AdamW is one kernel; else several operations, which keep what is between them.
         chunk: tokens of which the loss holds the logits.
     """
 
@@ -110,6 +110,7 @@ class Case:
     compiled: bool = False
     documents: bool = False
     plain: bool = False
+    fused_adamw: bool = True
     chunk: int = 512
 
     @property
@@ -319,8 +320,11 @@ def passes(case: Case, casts_stay: bool = True) -> dict[str, float]:
 def update(case: Case) -> dict[str, float]:
     """Bytes on rank 0 besides the states at the fullest moment of an update that is measured, for which the weights are copied."""
     size = FLOAT * case.elements()
-    # The update is put where the gradients were; DDP's buckets stay.
-    parts = {"gradients": size, "weights_before": size, "muon": 0.0 if case.is_divided or case.replicas == 1 else size}
+    # Its norm is that of what is put where the gradients were; DDP's buckets stay.
+    parts = {"gradients": size, "weights_before": size, "update": 0.0 if case.is_divided or case.replicas == 1 else size}
+    if not case.fused_adamw:  # the gradients scaled, the divisors, the updates, those that apply; of all matrices at once
+        own = [p for p in parameters(case.model) if len(p.shape) == 2 and not (p.is_matrix and case.optimizer == "muon")]
+        parts["update"] = max(parts["update"], 4 * FLOAT * sum(p.local(case.tensor, max(1, case.shards)) for p in own))
     if case.optimizer != "muon":
         return parts
     sets: dict[tuple[int | None, ...], list[int]] = defaultdict(lambda: [0, 0])  # of the same shape and layout: made orthogonal together
@@ -336,7 +340,7 @@ def update(case: Case) -> dict[str, float]:
         copies = 3 if case.is_divided else 2  # the whole matrices, x and what follows it; then x xT and the polynomial
         orthogonal = case.width * (here + mine * (copies + 2 * gram))
         applied = here * max(3 * case.width, 2 * case.width + FLOAT)  # gradients cast, updates, those that apply, in fp32
-        parts["muon"] = max(parts["muon"], orthogonal, applied)
+        parts["update"] = max(parts["update"], orthogonal, applied)
     return parts
 
 
@@ -362,7 +366,7 @@ class Memory:
         loss: the head's product and its gradients, a chunk at a time.
         gathered: parameters of other devices, under FSDP.
         weights_before: copied to measure the update.
-        muon: matrices that are made orthogonal.
+        update: what the optimizer makes besides, such as matrices that are made orthogonal.
     """
 
     parameters: float = 0.0
@@ -374,7 +378,7 @@ class Memory:
     loss: float = 0.0
     gathered: float = 0.0
     weights_before: float = 0.0
-    muon: float = 0.0
+    update: float = 0.0
 
     @property
     def total(self) -> float:
@@ -387,17 +391,15 @@ def needs(case: Case) -> Memory:
     return Memory(**states(case), **max(passes(case), update(case), key=lambda parts: sum(parts.values())))
 
 
-def case_of(config: RunConfig, ranks: int, micro_batch: int, dtype: torch.dtype, compiled: bool, device_type: str, plain: bool) -> Case:
+def case_of(config: RunConfig, ranks: int, micro_batch: int, device: Device, compiled: bool) -> Case:
     """The case that a run is.
 
     Args:
         config: the run. A vocabulary that is not known yet is as large as the tokenizer's is to be.
         ranks: processes, one per device.
         micro_batch: sequences of a pass; what one rank has of a batch, if that is less.
-        dtype: of the matrix products.
+        device: of each rank.
         compiled: whether blocks and loss are.
-        device_type: torch's, on which the size of the loss's chunk depends.
-        plain: as in `Case`: whether it is a CPU.
     """
     p, train = config.parallel, config.train
     model = replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
@@ -407,16 +409,16 @@ def case_of(config: RunConfig, ranks: int, micro_batch: int, dtype: torch.dtype,
     size = min(micro_batch, mine)
     return Case(
         model, data // p.replicate if is_sharded else 0, p.replicate if is_sharded else data, p.tensor if ranks > 1 else 1,
-        config.sequence_length, size, -(-mine // size), dtype.itemsize, train.activation_checkpointing, train.activation_checkpointing_n,
-        config.optimizer.name, bool(train.ema), compiled, config.on_examples or config.data.document_mask, plain,
-        chunk_size(device_type, model.vocab_size),
+        config.sequence_length, size, -(-mine // size), device.dtype.itemsize, train.activation_checkpointing,
+        train.activation_checkpointing_n, config.optimizer.name, bool(train.ema), compiled, config.on_examples or config.data.document_mask,
+        device.is_host, device.fused_adamw, chunk_size(device.type, model.vocab_size, size * config.sequence_length),
     )  # fmt: skip
 
 
 _LABELS = {
     "parameters": "parameters, fp32", "optimizer": "optimizer state", "average": "average of the weights", "gradients": "gradients",
     "casts": "weights in bf16", "activations": "activations kept for backward", "loss": "head and loss", "gathered": "gathered parameters",
-    "weights_before": "weights before a measured update", "muon": "Muon's matrices",
+    "weights_before": "weights before a measured update", "update": "the optimizer's working memory",
 }  # fmt: skip
 
 

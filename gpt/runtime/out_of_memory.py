@@ -69,7 +69,7 @@ def memory_error(
     """
     if not says_out_of_memory(error):
         return None
-    case = case_of(config, ranks, micro_batch, device.dtype, compiled, device.type, device.is_host)
+    case = case_of(config, ranks, micro_batch, device, compiled)
     capacity = device.memory_limit()
     compiles = config.compile is not True and device.compile_obstacle() is None
     lines = advice(case, capacity, config.precision == "fp32", compiles, device.is_host)

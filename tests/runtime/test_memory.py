@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from gpt.compose import compose_run
+from gpt.config import ParallelConfig
 from gpt.model.config import GPTConfig
+from gpt.runtime.cpu import Cpu
+from gpt.runtime.cuda import Cuda
 from gpt.runtime.memory import Case, Memory, case_of, fit_rows, needs, peak, states
 
 GPT2 = GPTConfig(50257, 1024)
@@ -24,6 +27,7 @@ def test_the_parts_add_up():
     [
         ({"micro_batch": 2}, "activations"), ({"checkpointing": "full"}, "activations"), ({"compiled": True}, "activations"),
         ({"optimizer": "adamw"}, "optimizer"), ({"passes": 2}, "gradients"), ({"replicas": 2}, "gradients"), ({"shards": 2}, "gathered"),
+        ({"fused_adamw": False, "optimizer": "adamw", "micro_batch": 1, "checkpointing": "full"}, "update"),
         ({"width": 4}, "casts"), ({"tensor": 2}, "casts"),
     ],
 )  # fmt: skip
@@ -35,19 +39,19 @@ def test_each_choice_changes_its_part(changes, part):
 def test_a_run_is_the_case_that_its_config_says():
     settings = ["model=gpt2", "parallel=fsdp", "parallel.tensor=2", "parallel.replicate=2", "train.batch_tokens=65536", "train.ema=0.9"]
     config = compose_run("pretrain", [*settings, "train.activation_checkpointing=every_n", "data.document_mask=true"])
-    case = case_of(config, 16, 4, torch.bfloat16, True, "cuda", plain=False)
+    case = case_of(config, 16, 4, Cuda("", torch.bfloat16), compiled=True)
     assert (case.shards, case.replicas, case.tensor, case.ranks) == (4, 2, 2, 16)
     assert (case.micro_batch, case.passes, case.length, case.width) == (4, 2, 1024, 2)
     assert (case.checkpointing, case.every, case.ema, case.compiled, case.documents) == ("every_n", 2, True, True, True)
-    assert case.chunk == 1280
-    alone = case_of(replace(config, parallel=compose_run("pretrain", []).parallel), 1, 100, torch.float32, False, "cpu", plain=True)
+    assert (case.chunk, case.plain, case.fused_adamw) == (1280, False, True)
+    alone = case_of(replace(config, parallel=ParallelConfig()), 1, 100, Cpu("", torch.float32), compiled=False)
     assert (alone.ranks, alone.is_divided, alone.micro_batch, alone.passes, alone.width) == (1, False, 64, 1, 4)
 
 
 def test_a_vocabulary_that_is_not_known_yet_is_the_tokenizers():
     config = compose_run("pretrain", ["tokenizer.vocab_size=4096"])
     assert config.model.vocab_size == 0
-    assert case_of(config, 1, 1, torch.float32, False, "cpu", plain=True).model.vocab_size == 4096
+    assert case_of(config, 1, 1, Cpu("", torch.float32), compiled=False).model.vocab_size == 4096
 
 
 def test_compiled_blocks_and_more_ranks_need_less():
