@@ -199,7 +199,7 @@ def _attention_bytes(case: Case) -> int:
     kv = w.a if case.documents and not case.plain else w.kv  # a GPU's kernel takes no mask with groups of heads
     kept = e * M * (2 * w.a + 2 * kv) + FLOAT * M * w.heads
     # The result lies as q does, head by head where those are normed or turned in part, and is then copied for `out`.
-    by_head = case.model.qk_norm or 0 < case.model.rotary_dim < case.model.head_dim and case.model.positions == "rotary"
+    by_head = case.model.qk_norm or (case.model.positions == "rotary" and case.model.rotary_dim < case.model.head_dim)
     return kept + (e * M * w.a if by_head and not case.compiled else 0)
 
 

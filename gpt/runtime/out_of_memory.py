@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # CUDA and MPS; cuBLAS; the Neuron runtime; a CPU's allocator, on Linux and on Windows.
 _WORDS = re.compile(
-    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|RESOURCE_EXHAUSTED|NRT_RESOURCE|[Ff]ailed to allocate|can't allocate memory|not enough memory"
+    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|RESOURCE_EXHAUSTED|NRT_RESOURCE|[Ff]ailed to allocate|(can't|cannot) allocate memory"
+    r"|not enough memory"
 )
 _MOST_DEVICES = 64
 _WORTH_SAYING = 0.01  # of what the run needs
