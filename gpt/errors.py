@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message is one sentence: what, where, and the remedy."""
+    """A mistake that the user can mend. The message is one sentence: what, where, and the remedy; notes (`add_note`) are a line each."""
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
@@ -23,7 +23,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except UserError as error:
         if os.environ.get("GPT_DEBUG") == "1":
             raise
-        print(f"gpt: {_one_line(str(error))}", file=sys.stderr)
+        print(f"gpt: {_one_line(str(error))}", *(f"  {_one_line(note)}" for note in _notes(error)), sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("gpt: interrupted", file=sys.stderr)
@@ -31,6 +31,10 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output has gone (`gpt generate | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _one_line(text: str) -> str:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gpt import GPT, GPTConfig
-from scripts.scaling import Case, gpt2_xl, lean_peak, llama_8b, parameters, peak, states, tables
-from scripts.scaling_check import EXACT, SMALL, expected, measure, small
+from gpt.runtime.memory import Case, parameters, peak, states
+from scripts.scaling import gpt2_xl, lean_peak, llama_8b, tables
+from scripts.scaling_check import EXACT, SMALL, expected, measure, not_said, small
 
 QWEN2 = GPTConfig(
     100, 16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, positions="rotary", norm="rmsnorm", activation="swiglu",
@@ -19,7 +20,7 @@ QWEN2 = GPTConfig(
 @pytest.mark.parametrize(
     ("model", "millions"),
     [(gpt2_xl, 1557.6), (lambda: llama_8b(8192), 8030.3), *((lambda model=model: model, None) for model in (*SMALL.values(), QWEN2))],
-    ids=["GPT-2 XL", "Llama 8B", "small GPT-2", "small Llama", "Qwen2"],
+    ids=["GPT-2 XL", "Llama 8B", *SMALL, "Qwen2"],
 )
 def test_parameters_are_those_of_the_module(model, millions):
     model = model()
@@ -30,16 +31,23 @@ def test_parameters_are_those_of_the_module(model, millions):
     assert millions is None or round(Case(model).elements() / 1e6, 1) == millions
 
 
-def agrees(case: Case, found: dict[str, float], but: tuple[str, ...] = ()) -> None:
+def agrees(case: Case, found: dict[str, float]) -> None:
     for what, formula in expected(case).items():
         if what in EXACT:
             assert found[what] == formula, what
-        elif what not in but:
+        elif what not in not_said(case):
             assert found.get(what, 0) == pytest.approx(formula, rel=0.05), what
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"width": 4, "optimizer": "adamw"}, {"checkpointing": "selective"}], ids=["bf16", "fp32 adamw", "selective"]
+    "changes",
+    [
+        {},
+        {"width": 4, "optimizer": "adamw", "fused_adamw": False},
+        {"checkpointing": "selective"},
+        {"checkpointing": "every_n", "every": 2, "documents": True},
+    ],
+    ids=["bf16", "fp32 adamw", "selective", "every 2nd, documents"],
 )
 @pytest.mark.parametrize("name", SMALL)
 def test_one_process_keeps_what_the_formulas_say(name, changes):
@@ -48,12 +56,20 @@ def test_one_process_keeps_what_the_formulas_say(name, changes):
     agrees(case, found)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled_blocks_keep_what_the_formulas_say(checkpointing):
+    case = small("Qwen3", model=replace(SMALL["Qwen3"], n_layer=2), compiled=True, checkpointing=checkpointing)
+    (found,) = measure([case])
+    agrees(case, found)
+
+
 def test_two_processes_keep_and_send_what_the_formulas_say():
     odd = replace(SMALL["GPT-2"], n_layer=2, vocab_size=1023)  # rows that two ranks cannot share evenly
     llama = replace(SMALL["Llama"], n_layer=2)
     cases = [small("GPT-2", model=odd, replicas=2), small("GPT-2", model=odd, shards=2), small("Llama", model=llama, tensor=2)]
+    cases.append(small("Qwen3", model=replace(SMALL["Qwen3"], n_layer=2), tensor=2))
     for case, found in zip(cases, measure(cases, seconds=60), strict=True):
-        agrees(case, found, ("peak of the update",) if case.is_divided else ())
+        agrees(case, found)
 
 
 def test_more_shards_need_less():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -71,6 +72,7 @@ def checkpoint_activations(blocks: Sequence[nn.Module], how: Literal["none", "fu
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of in-place operations, which blocks have none of
     for number, block in enumerate(blocks):
         if how in ("full", "selective") or (how == "every_n" and number % n == 0):
             block.forward = _checkpointed(block.forward, options)

@@ -33,6 +33,7 @@ from gpt.model.transformer import GPT
 from gpt.runtime.compiling import CompileAhead, FixedGraphs, expected_graphs, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.distributed import Agreement, collective_of, join_world, waited_too_long
+from gpt.runtime.out_of_memory import memory_error
 from gpt.runtime.parallel import unwrapped
 from gpt.runtime.sharding import reshard
 from gpt.runtime.signals import StopRequest
@@ -84,7 +85,7 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         config.validate()
         self.config = config
-        self.doing = "setting up"  # for an error that says where a process waited in vain
+        self.doing, self.micro_batch, self.compiled = "setting up", 1, False  # for errors that say where a process waited or ran full
 
     def fit(self) -> Result:
         """Train, validate, save; at the end export the best weights, write samples and a report.
@@ -125,6 +126,9 @@ class Trainer:
                 raise
             raise UserError(f"run.dir: {self.directory.path} could not be written ({error}); {self._last_checkpoint()}") from error
         except RuntimeError as error:
+            where = f"{self.doing}; {self._last_checkpoint()}"
+            if told := memory_error(error, config, self.world.size, self.device, self.micro_batch, self.compiled, where):
+                raise told from error
             if self.world.size == 1 or not waited_too_long(error):
                 raise
             raise TimeoutError(

@@ -59,6 +59,23 @@ def test_checkpointed_activations_change_nothing_but_the_memory(how, compiled):
         torch.testing.assert_close(q.grad, p.grad, msg=name, **({"atol": 1e-5, "rtol": 1e-4} if compiled else {"atol": 0, "rtol": 0}))
 
 
+@pytest.mark.parametrize("how", ["none", "full", "selective"])
+def test_checkpointed_blocks_are_compiled_and_share_a_graph(how):
+    torch._dynamo.reset()
+    blocks = GPT(GPTConfig(**{**CONFIG, "n_layer": 12})).blocks
+    checkpoint_activations(list(blocks), how)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    for block in blocks:
+        block.compile(dynamic=False, fullgraph=True, backend=backend)
+        block(torch.randn(2, 16, CONFIG["d_model"]))
+    assert len(graphs) == 1
+
+
 def test_one_process_is_a_world_of_its_own(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
