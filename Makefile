@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+DOCKER ?= docker
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate test test-all lint format bench golden wheel clean distclean
+.PHONY: help setup train generate test test-all lint format bench golden wheel docker-cpu docker-cuda docker-neuron clean distclean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(INSTALLED) ## make .venv with the exact versions of constraints.txt
 
@@ -29,10 +30,11 @@ test: setup ## the test suite, fast part
 test-all: setup ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-lint: setup ## ruff and pyright
+lint: setup ## ruff, pyright and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint --config docker/hadolint.yaml docker/*.Dockerfile
 
 format: setup ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
@@ -46,6 +48,13 @@ golden: setup ## rewrite tests/golden/ after a change that is meant to change th
 
 wheel: setup ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
+
+docker-cpu: ## build the image gpt:cpu (ARGS="--build-arg USER_ID=1234 ..."; docs/containers.md)
+docker-cuda: ## build the image gpt:cuda, for NVIDIA GPUs
+docker-neuron: ## build the image gpt:neuron, for AWS Trainium
+docker-cpu docker-cuda docker-neuron: docker-%:
+	@$(DOCKER) info > /dev/null 2>&1 || { echo "No container engine answers '$(DOCKER) info': start Docker, or name another engine (DOCKER=podman)"; exit 1; }
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/$*.Dockerfile --tag gpt:$* $(ARGS) .
 
 clean: ## remove caches and build output; runs/ stays
 	rm -rf dist build .pytest_cache .ruff_cache
