@@ -36,10 +36,11 @@ from gpt.training.step import rows_on_device
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Kernels that add up in another order, or keep other intermediate results, are about as far from fp64 as CPU eager is (seen: at most 1.3
-# times as far); a wrong mask, scale, cast or gradient is off by tens to thousands of times that.
+# Kernels that add up in another order, or keep other intermediate results, are about as far from fp64 as CPU eager is (seen: at most twice
+# as far); a wrong mask, scale, cast or gradient is off by tens to thousands of times that.
 TOLERANCE = 4.0
 FLOOR = 2.0**-20  # relative: of fp32 sums of a few hundred terms in another order, where the CPU happens to be exact
+_ZERO = 1e-7  # of a layer's gradient
 _MOST_TOKENS = 4096  # of the micro-batch, unless train.micro_batch says how many: fp64 on a CPU takes its time
 _MOST_LOGITS = 2**25  # compared; those of the first rows
 _LOSS_CHUNK = 512  # tokens whose fp64 logits are held at once
@@ -247,29 +248,28 @@ def _observe(config: RunConfig, batch: Batch, targets: int, device: Device, comp
 def compare(found: Mapping[Place, Tensor], exact: Mapping[Place, Tensor]) -> dict[Place, Error]:
     """How far what a pass gave is from the reference, place by place; what it did not give is infinitely far.
 
-    A gradient is measured against its own size or, if it is smaller than what its layer's parameters have on average (that of a key's bias
-    is 0, and rounding all that there is of it), against that.
+    A parameter whose gradient is 0 (that of a key's bias is: it moves all scores of a query alike) has none but rounding to compare, which
+    is measured against the gradient of its whole layer.
     """
-    squares: dict[str, list[float]] = {}
+    layers: dict[str, float] = {}
     for place, x in exact.items():
         if place.backward and place.part != "input":
-            total = squares.setdefault(place.layer, [0.0, 0.0])
-            total[0] += x.double().square().sum().item()
-            total[1] += x.numel()
+            layers[place.layer] = layers.get(place.layer, 0.0) + _square(x)
     errors = {}
     for place, x in exact.items():
         if place not in found:
             errors[place] = Error(math.inf, math.inf, math.inf)
             continue
-        wide = x.double()
-        difference = found[place].cpu().double() - wide  # the device may have no fp64
-        size = wide.square().sum().item()
-        if place.backward and place.part != "input":
-            total, elements = squares[place.layer]
-            size = max(size, total / elements * x.numel())
-        off = difference.square().sum().item()
+        difference = found[place].cpu().double() - x.double()  # the device may have no fp64
+        size, off = _square(x), _square(difference)
+        if place.backward and size < _ZERO**2 * layers.get(place.layer, 0.0):
+            size = layers[place.layer]
         errors[place] = Error((off / max(size, 1e-300)) ** 0.5, (off / x.numel()) ** 0.5, difference.abs().max().item())
     return errors
+
+
+def _square(x: Tensor) -> float:
+    return x.double().square().sum().item()
 
 
 def judge(columns: Sequence[dict[Place, Error]], yardstick: int, loss: float, targets: int) -> list[Finding]:
