@@ -20,6 +20,7 @@ from gpt.commands import COMMANDS, EvaluateConfig
 from gpt.config import RunConfig
 from gpt.data.config import TokenizerConfig
 from gpt.errors import UserError
+from gpt.runtime.environment import prepare_environment
 from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_keys, shown
 
 # What each command calls the run or the model that it works on.
@@ -79,6 +80,7 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
         if COMMANDS[command].trains:
             config.command = typing.cast(Any, command)
         if config.init:
+            prepare_environment(config.device, check=False)  # torch comes in with the weights
             _take_shape(config, [*chosen, *settings])
         elif command == "finetune":
             raise UserError(

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from gpt.config import DeviceConfig
 from gpt.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt.runtime.neuron_sim_record import Record
 
 _WITHOUT_FLOAT64 = ("mps", "neuron")
 
@@ -95,6 +98,14 @@ class Device:
     def compile_options(self) -> dict[str, Any]:
         """For torch.compile; every shape is fixed."""
         return {"dynamic": False}
+
+    def rehearsal(self) -> Record | None:
+        """What the device has done so far, if it only plays another; None: it is a real one."""
+        return None
+
+    def chip_peak_flops(self) -> float | None:
+        """Dense bf16 operations a second of one device, or of the chip that is rehearsed; None where it is not known."""
+        return self.peak_flops
 
     def compile_cache(self) -> str | None:
         """The folder in which torch.compile finds what it has made before; None: it keeps nothing."""

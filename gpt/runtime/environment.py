@@ -21,8 +21,12 @@ _AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the type of the instance
 
 
-def prepare_environment(config: DeviceConfig) -> None:
+def prepare_environment(config: DeviceConfig, check: bool = True) -> None:
     """Set what the device reads when torch is imported. Call it before that, in each process.
+
+    Args:
+        config: the section `device`.
+        check: whether the device is about to be used.
 
     Raises:
         UserError: it is Trainium's turn, and what is installed cannot train on it; the message says why.
@@ -31,7 +35,7 @@ def prepare_environment(config: DeviceConfig) -> None:
         os.environ[_AUTOLOAD_VARIABLE] = "0"  # there is room for one device of that name
     elif config.name not in ("auto", "neuron") or (config.name == "auto" and neuron_version() is None):
         return
-    elif problem := neuron_obstacle():
+    elif check and (problem := neuron_obstacle()):
         raise UserError(f"device={config.name}: {problem}")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns in each process that it cannot time the device
     os.environ.setdefault(CACHE_VARIABLE, str(compile_cache(config)))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -20,6 +20,9 @@ from gpt.config import DeviceConfig
 from gpt.errors import UserError
 from gpt.runtime.device import Device, product_dtype
 from gpt.runtime.environment import CACHE_VARIABLE, STRICT_VARIABLE, instance_type, neuron_obstacle, neuron_version
+
+if TYPE_CHECKING:
+    from gpt.runtime.neuron_sim_record import Record
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,18 @@ class Neuron(Device):
     def compile_options(self) -> dict[str, Any]:
         """Whole graphs of fixed shapes: with `dynamic` left to torch the compiler stops with NCC_EMOD025."""
         return {"backend": "neuron", "dynamic": False, "fullgraph": True}
+
+    def rehearsal(self) -> Record | None:
+        """The simulated core's record."""
+        if not self.simulated:
+            return None
+        from gpt.runtime.neuron_sim_kernels import RECORD
+
+        return RECORD
+
+    def chip_peak_flops(self) -> float | None:
+        """AWS's figure for a rank."""
+        return self.chip.peak_flops if self.chip is not None else None
 
     def compile_cache(self) -> str | None:
         """TorchNeuron's own."""

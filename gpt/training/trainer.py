@@ -48,6 +48,7 @@ from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_that_fits, t
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.profile import Profiler
 from gpt.training.progress import say
+from gpt.training.rehearsal import Rehearsed, write_rehearsal
 from gpt.training.results import write_results
 from gpt.training.resuming import run_to_continue
 from gpt.training.run_directory import RunDirectory, new_run_id
@@ -119,6 +120,12 @@ class Trainer:
                 result = Result(0, self.directory.path, self.state)
             else:
                 result = self._finish()
+            if (record := self.device.rehearsal()) is not None and self.world.is_main:
+                flops, steps = self.model.flops_per_token(), self.state.step + 1 - self.first
+                rehearsed = Rehearsed(
+                    record, self.device, config, self.world.size, self.micro_batch, steps, self.total_steps, flops, self.graphs
+                )
+                self.say(f"\n{write_rehearsal(rehearsed, self.directory.path)}")
             self.world.leave()  # not after an error, which the processes first tell each other
             return result
         except (OSError, SafetensorError) as error:
@@ -253,7 +260,7 @@ class Trainer:
             prefetch = Prefetch(self.batches, state.batch, world.data_rank, world.data_size, pin=self.device.pins_memory)
             self.queue = stack.enter_context(closing(prefetch))
             stack.enter_context(_no_garbage_collection())
-            self.began, first = time.monotonic(), state.step + 1
+            self.began, self.first = time.monotonic(), state.step + 1
             while True:
                 signalled = self._agree()
                 if done := self._done():
@@ -268,7 +275,7 @@ class Trainer:
                 if improved or (due and saved_step != state.step):
                     self._save(required=False)
                     saved_at, saved_step = state.seconds, state.step
-                if state.step == first and self.timed_steps:  # it takes longer, and would hide the time of the others, which come now
+                if state.step == self.first and self.timed_steps:  # it takes longer, and would hide the time of the others, which come now
                     if problem := self.device.after_first_step():
                         self.watching.say(f"warning: {problem}")
                     self.busy, self.timed_steps, _ = 0.0, 0, self.clock.read()

@@ -1,0 +1,160 @@
+"""What a rehearsal on a simulated device tells of the real one: graphs, operations, memory, time, and what it cannot tell.
+
+Text for a terminal, which is also kept as `rehearsal.txt` in the run directory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpt.config import RunConfig
+from gpt.runtime.compiling import FixedGraphs
+from gpt.runtime.device import Device
+from gpt.runtime.memory import case_of, fit_rows
+from gpt.runtime.neuron_sim_record import Graph, Record
+
+FILE = "rehearsal.txt"
+EAGER_SECONDS = 60e-6  # that an operation outside of a graph takes on the chip, by reports of people who measured it
+_CANNOT_TELL = (
+    "how good the chip's kernels are, and which operations it lacks (device.unsupported plays some)",
+    "what its compiler refuses, or how long it takes: seconds for a small graph, up to 50 minutes for a large model",
+    "its rounding in bf16: gpt parity compares that there",
+    "how fast it is: times above follow from a share of the peak that is assumed, not measured",
+)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A run as far as the report needs it.
+
+    Attributes:
+        record: what the simulated device of this process has done.
+        device: it.
+        config: the run.
+        ranks: processes.
+        micro_batch: sequences of a pass.
+        steps: done, in this process.
+        total_steps: of the whole run; None: its length is a time.
+        flops_per_token: of training.
+        graphs: compiled and expected.
+    """
+
+    record: Record
+    device: Device
+    config: RunConfig
+    ranks: int
+    micro_batch: int
+    steps: int
+    total_steps: int | None
+    flops_per_token: int
+    graphs: FixedGraphs
+
+
+def write_rehearsal(run: Rehearsed, directory: Path) -> str:
+    """The report, which is kept in the run directory too."""
+    text = describe(run)
+    (directory / FILE).write_text(text, encoding="utf-8")
+    return text
+
+
+def describe(run: Rehearsed) -> str:
+    """The report."""
+    ranks = f"{run.ranks} rank{'s' if run.ranks > 1 else ''}"
+    sections = [
+        _graphs(run),
+        _outside(run),
+        _memory(run),
+        _time(run),
+        ["What this cannot tell:", *(f"  - {line}" for line in _CANNOT_TELL)],
+    ]
+    return "\n\n".join([f"Rehearsal of {run.config.device.chip} on {ranks}", *("\n".join(lines) for lines in sections)]) + "\n"
+
+
+def _graphs(run: Rehearsed) -> list[str]:
+    graphs = run.record.graphs
+    as_expected = "as expected" if run.graphs.count == run.graphs.expected else f"BUT {run.graphs.expected} were expected"
+    lines = [f"Graphs: {run.graphs.count} compiled, {as_expected}; with backward passes apart, {len(graphs)} programs:"]
+    for number, graph in enumerate(graphs, 1):
+        lines.append(f"  {number}. {graph.function}, {graph.kind}: {graph.nodes} operations on {_shapes(graph)}")
+        lines.append(f"     because: {graph.cause}")
+    return lines
+
+
+def _shapes(graph: Graph) -> str:
+    """The inputs that are not a model's parameters: those with most dimensions."""
+    most = max((len(shape) for shape in graph.shapes), default=0)
+    names = [
+        f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"
+        for shape, dtype in zip(graph.shapes, graph.dtypes, strict=True)
+        if len(shape) == most
+    ]
+    counted = Counter(names)
+    return ", ".join(f"{name}{f' x {n}' if n > 1 else ''}" for name, n in counted.most_common())
+
+
+def _outside(run: Rehearsed) -> list[str]:
+    record = run.record
+    kernels = {name: len(shapes) for name, shapes in record.eager_kernels.items() if not _is_view(name)}
+    calls = sum(n for name, n in record.operations.items() if not _is_view(name))
+    most = ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in sorted(kernels.items(), key=lambda item: -item[1])[:6])
+    lines = [
+        f"Outside of graphs: {len(kernels)} operations in {sum(kernels.values())} shapes, each a small program that is compiled once "
+        f"({most})",
+        f"  {calls / max(1, run.steps):,.0f} calls a step, evaluation and checkpoints included; at {EAGER_SECONDS * 1e6:.0f} us each "
+        f"{calls / max(1, run.steps) * EAGER_SECONDS * 1e3:,.0f} ms",
+    ]
+    if record.fallbacks:
+        names = ", ".join(f"{name} ({n} calls)" for name, n in record.fallbacks.most_common())
+        return [*lines, f"  on the CPU, for want of a kernel: {names}"]
+    return [*lines, "  on the CPU, for want of a kernel: none"]
+
+
+def _is_view(name: str) -> bool:
+    """Whether an operation only looks at its input in another way."""
+    packet, _, overload = name.removeprefix("aten::").partition(".")
+    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    alias = operation._schema.returns[0].alias_info if operation._schema.returns else None
+    return alias is not None and not alias.is_write
+
+
+def _memory(run: Rehearsed) -> list[str]:
+    case = case_of(run.config, run.ranks, run.micro_batch, run.device, compiled=run.graphs.expected > 0)
+    rows = [*fit_rows(case, run.device.memory_limit()), ("measured here: the most that tensors took", float(run.record.peak_bytes))]
+    width = max(len(label) for label, _ in rows)
+    lines = [f"  {label:<{width}}  {_bytes(size):>10}" for label, size in rows]
+    return ["Memory of a rank at its fullest moment, by the formulas of docs/scaling.md:", *lines]
+
+
+def _time(run: Rehearsed) -> list[str]:
+    config, chip = run.config, run.device.chip_peak_flops()
+    flops = config.train.batch_tokens * run.flops_per_token
+    share = config.device.mfu
+    assert chip is not None
+    seconds = flops / (chip * share * run.ranks)
+    where = f"{share:.0%} of the chip's {chip / 1e12:.4g} TFLOP/s in bf16 (device.mfu)"
+    lines = [f"Time at {where}, without what compiles and what runs outside of graphs:"]
+    lines.append(f"  a step of {config.train.batch_tokens:,} tokens, {flops:.3g} operations: {_seconds(seconds)}")
+    if run.total_steps is not None:
+        lines.append(f"  the run's {run.total_steps:,} steps: {_seconds(seconds * run.total_steps)}")
+    return lines
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{math.floor(seconds / 3600)} h {seconds % 3600 / 60:.0f} min"
