@@ -6,8 +6,11 @@ then hands out empty pages one by one: 57,000 page faults a step, a tenth of its
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import platform
+from collections.abc import Iterator
 
 # <malloc.h>; mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -25,3 +28,16 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python's collector runs between steps, when asked, and not within them; what is there now is never looked at again."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -21,6 +21,7 @@ from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device
+from gpt.runtime.parallel import computes_again
 
 # Compiling takes about 15 s on a cold cache and saves a third of the time of what follows.
 _PAYS_AFTER_SECONDS = 60
@@ -183,10 +184,21 @@ class FixedGraphs:
         self._known.add(part)
 
 
-def expected_graphs(config: TrainConfig, n_layer: int) -> int:
-    """How many graphs a run with fixed shapes compiles: each kind of block, in training and in evaluation, and the loss's softmax."""
-    mixed = config.activation_checkpointing == "every_n" and config.activation_checkpointing_n > 1 and n_layer > 1
-    return 2 * (1 + mixed) + 1
+def expected_graphs(model: GPT, config: TrainConfig) -> int:
+    """How many graphs a run with fixed shapes compiles: each kind of block, in training and in evaluation, and the loss's softmax.
+
+    Blocks are of one kind if the same of their parameters train, both or neither compute activations again, and, in training, both or
+    neither are given something that has a gradient.
+    """
+    training, evaluation = set(), set()
+    flows = any(p.requires_grad for p in model.embeddings.parameters())
+    for number, block in enumerate(model.blocks):
+        trains = tuple(p.requires_grad for p in block.parameters())
+        kind = (trains, computes_again(config.activation_checkpointing, config.activation_checkpointing_n, number))
+        training.add((*kind, flows))
+        evaluation.add(kind)
+        flows |= any(trains)
+    return len(training) + len(evaluation) + 1
 
 
 def _graphs_compiled() -> int:

@@ -113,6 +113,10 @@ class Device:
 
         return cache_dir()
 
+    def explain(self, error: RuntimeError) -> str | None:
+        """What an error of the device means and what helps, in a sentence; None: it says nothing that people could act on."""
+        return None
+
     def after_first_step(self) -> str | None:
         """Called when a step has been done: what is wrong with how it went, or None.
 

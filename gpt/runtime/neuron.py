@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,14 @@ class Chip:
 
 
 CHIPS = {"trn2": Chip(166.75e12, 24 << 30), "trn3": Chip(167.75e12, 36 << 30)}
+
+# Of the compiler's errors: what people met there, and what helped them.
+_COMPILER = {
+    r"NCC_EMOD025": "a graph has a shape that is not fixed, which the compiler refuses",
+    r"F137|exit code -9|returned -9|forcibly killed": "the compiler was ended for want of memory on the host; try a smaller "
+    "train.micro_batch, compile ahead in one process (gpt precompile launch.nproc=1), or take an instance with more memory",
+    r"NCC_\w+|neuronx-cc": "the device's compiler refused a graph",
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,13 @@ class Neuron(Device):
     def compile_cache(self) -> str | None:
         """TorchNeuron's own."""
         return None if self.simulated else os.environ[CACHE_VARIABLE]
+
+    def explain(self, error: RuntimeError) -> str | None:
+        """Put an operation that is missing, and the compiler's codes, into words."""
+        text = " ".join(str(error).split())
+        if isinstance(error, NotImplementedError) and (found := re.search(r"aten::\w+(\.\w+)?", text)):
+            return f"the device has no kernel for {found[0]}; device.strict=false lets it run on the CPU, which is far slower"
+        return next((f"{meaning}: {text[:300]}" for pattern, meaning in _COMPILER.items() if re.search(pattern, text)), None)
 
     def after_first_step(self) -> str | None:
         """Name what silently ran on the CPU.

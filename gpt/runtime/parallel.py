@@ -74,8 +74,13 @@ def checkpoint_activations(blocks: Sequence[nn.Module], how: Literal["none", "fu
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of in-place operations, which blocks have none of
     for number, block in enumerate(blocks):
-        if how in ("full", "selective") or (how == "every_n" and number % n == 0):
+        if computes_again(how, n, number):
             block.forward = _checkpointed(block.forward, options)
+
+
+def computes_again(how: Literal["none", "full", "every_n", "selective"], n: int, number: int) -> bool:
+    """Whether `checkpoint_activations` changes the block of this number."""
+    return how in ("full", "selective") or (how == "every_n" and number % n == 0)
 
 
 def _checkpointed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
@@ -95,9 +100,10 @@ def split_matrices(model: GPT, world: World) -> None:
 
     assert world.mesh is not None
     plan: dict[str, Any] = {**{name: ColwiseParallel() for name in _COLUMNS}, **{name: RowwiseParallel() for name in _ROWS}}
+    mesh = world.mesh["tensor"]  # the same object for all, or each block would be compiled anew
     for block in model.blocks:
         present = {name: style for name, style in plan.items() if _submodule(block, name) is not None}
-        parallelize_module(block, world.mesh["tensor"], present)
+        parallelize_module(block, mesh, present)
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:

@@ -6,6 +6,7 @@ Text for a terminal, which is also kept as `rehearsal.txt` in the run directory.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,13 @@ def describe(run: Rehearsed) -> str:
         _time(run),
         ["What this cannot tell:", *(f"  - {line}" for line in _CANNOT_TELL)],
     ]
-    return "\n\n".join([f"Rehearsal of {run.config.device.chip} on {ranks}", *("\n".join(lines) for lines in sections)]) + "\n"
+    title = f"Rehearsal of {run.config.device.chip} on {ranks}"
+    return "\n\n".join([title, *("\n".join(map(_wrapped, lines)) for lines in sections)]) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 3)
+    return "\n".join(textwrap.wrap(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 
 
 def _graphs(run: Rehearsed) -> list[str]:

@@ -13,7 +13,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
 from gpt.model.transformer import GPT
+from gpt.runtime.allocator import no_garbage_collection
 from gpt.runtime.compiling import CompileAhead, FixedGraphs, expected_graphs, should_compile
 from gpt.runtime.device import find_device
 from gpt.runtime.distributed import Agreement, collective_of, join_world, waited_too_long
@@ -136,6 +137,8 @@ class Trainer:
             where = f"{self.doing}; {self._last_checkpoint()}"
             if told := memory_error(error, config, self.world.size, self.device, self.micro_batch, self.compiled, where):
                 raise told from error
+            if told := self.device.explain(error):
+                raise UserError(f"{told} (while {where})") from error
             if self.world.size == 1 or not waited_too_long(error):
                 raise
             raise TimeoutError(
@@ -177,10 +180,10 @@ class Trainer:
         set_vocab_size(config.model, self.data.tokenizer, self.say)
         self.byte_lengths = self.data.tokenizer.byte_lengths()
         self.doing = "laying out the model"
-        self.graphs = FixedGraphs(self.device, expected_graphs(config.train, config.model.n_layer) if self.compiled else 0)
         start = partial(first_weights, config, checkpoint is None, self.say)
         layout = lay_out(config, start, self.compiled, world, self.device)
         self.model, self.objective = layout.model, layout.objective
+        self.graphs = FixedGraphs(self.device, expected_graphs(self.model, config.train) if self.compiled else 0)
         self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.work_mesh, self.device.fused_adamw)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.batches: Batches = OneBatch(self.data.batches) if config.train.overfit else self.data.batches
@@ -259,7 +262,7 @@ class Trainer:
             self.writer = stack.enter_context(closing(writer))
             prefetch = Prefetch(self.batches, state.batch, world.data_rank, world.data_size, pin=self.device.pins_memory)
             self.queue = stack.enter_context(closing(prefetch))
-            stack.enter_context(_no_garbage_collection())
+            stack.enter_context(no_garbage_collection())
             self.began, self.first = time.monotonic(), state.step + 1
             while True:
                 signalled = self._agree()
@@ -275,9 +278,9 @@ class Trainer:
                 if improved or (due and saved_step != state.step):
                     self._save(required=False)
                     saved_at, saved_step = state.seconds, state.step
+                if state.step == self.first and (problem := self.device.after_first_step()):
+                    self.watching.say(f"warning: {problem}")
                 if state.step == self.first and self.timed_steps:  # it takes longer, and would hide the time of the others, which come now
-                    if problem := self.device.after_first_step():
-                        self.watching.say(f"warning: {problem}")
                     self.busy, self.timed_steps, _ = 0.0, 0, self.clock.read()
                 if not self._next_step(stop_at_once):
                     break
@@ -479,19 +482,6 @@ class Trainer:
                     model.tie()
             write_results(config, self.directory, state, model, self.data, held_out, self.clock.totals(), self.say)
         return Result(0, self.directory.path, state, held_out)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Python's collector runs between steps, when asked, and not within them; what is there now is never looked at again."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
 
 
 def _first_line(error: BaseException) -> str:

@@ -47,8 +47,8 @@ def main() -> None:
     for file in sorted(Path(sys.argv[1]).glob("*.yaml")):
         GPT.__init__ = build_frozen if "frozen" in file.name else build
         Step.__call__ = step_with_nan if "nan" in file.name else step
-        config = load_config(file)
-        Trainer(config).fit()
+        torch._dynamo.reset()  # else a run finds the graphs of the one before, and at last too many of them
+        Trainer(load_config(file)).fit()
 
 
 if __name__ == "__main__":
