@@ -27,7 +27,10 @@ MAY_IMPORT = {
     },
     "gpt.sweep": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
     "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config"},
-    "gpt.compose": {"gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed", "gpt.runtime.environment", "gpt.inference.loading"},
+    "gpt.compose": {
+        "gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed",
+        "gpt.runtime.environment", "gpt.inference.loading",  # for init=
+    },
     "gpt.commands": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed"},
     "gpt.config": {"gpt.data.config", "gpt.errors", "gpt.typed", "gpt.model.config"},
     "gpt.typed": {"gpt.errors"},
