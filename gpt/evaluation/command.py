@@ -25,7 +25,7 @@ from gpt.evaluation.progress import note, progress_bar
 from gpt.evaluation.text import COMPRESSED_BYTES, encode_texts, read_texts
 from gpt.inference.loading import Loaded, load_model
 from gpt.model.transformer import GPT
-from gpt.runtime.device import Device, find_device
+from gpt.runtime.device import Device, find_decoding_device, find_device
 
 _LONG = 8192  # a window that takes more memory than many a machine has
 
@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> int:
         raise UserError(f"output={config.output}: {'is a folder' if output.is_dir() else f'cannot write to the folder {output.parent}'}")
     tasks = find_tasks(config.tasks, config.tasks_dir) if config.tasks else None
     texts = [] if config.tasks or config.on_examples else _read(config)
-    device = find_device(config.device_config, config.precision)
+    device = (find_decoding_device if config.tasks else find_device)(config.device_config, config.precision)
     loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
     limit = loaded.model.config.context_length
     length = config.context_length or limit

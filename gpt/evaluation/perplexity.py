@@ -162,7 +162,7 @@ def strided_loss(
     padded = TokenArray([*tokens.shards, np.full(windows.length, IGNORE)])  # for a last window that reaches beyond the text
 
     batches = window_batches(padded, windows, min(batch, len(windows.starts)))
-    result = score_batches(model, partial(_valid_nll, model), batches, byte_lengths, device, scored=scored)
+    result = score_batches(model, partial(_valid_nll, model, device.fixed_graphs), batches, byte_lengths, device, scored=scored)
     assert result is not None
     assert result.tokens == len(tokens) - 1
     return result
@@ -172,16 +172,19 @@ def score_examples(
     model: GPT, batches: Iterable[Batch], byte_lengths: np.ndarray, device: Device, scored: Callable[[int], None] = lambda tokens: None
 ) -> HeldOutLoss:
     """Score what is learned of examples. The rest as for `score_batches`."""
-    result = score_batches(model, partial(_valid_nll, model), batches, byte_lengths, device, scored=scored)
+    result = score_batches(model, partial(_valid_nll, model, device.fixed_graphs), batches, byte_lengths, device, scored=scored)
     assert result is not None
     return result
 
 
-def _valid_nll(model: GPT, batch: Batch) -> Tensor:
-    """The nats of all targets but IGNORE."""
-    hidden, counts = model.hidden_states(batch.tokens, documents=batch.documents), batch.targets != IGNORE
+def _valid_nll(model: GPT, fixed_shapes: bool, batch: Batch) -> Tensor:
+    """The nats of all targets but IGNORE. With fixed shapes the others are computed too, and count 0."""
+    hidden, targets = model.hidden_states(batch.tokens, documents=batch.documents).flatten(0, 1), batch.targets.flatten()
+    if not fixed_shapes:
+        counts = targets != IGNORE
+        hidden, targets = hidden[counts], targets[counts]
     with torch.autocast(hidden.device.type, enabled=False):
-        return token_nll(model, hidden[counts], batch.targets[counts])[0].sum()
+        return token_nll(model, hidden, targets)[0].sum()
 
 
 def token_nll(model: GPT, hidden: Tensor, targets: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
@@ -199,7 +202,7 @@ def token_nll(model: GPT, hidden: Tensor, targets: Tensor, chunk: int = 512) -> 
     nats, likeliest = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
     for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = model.head(rows).float()
-        nats.append(F.cross_entropy(logits, wanted, reduction="none"))
+        nats.append(F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none"))
         likeliest.append(logits.argmax(-1) == wanted)
     return torch.cat(nats), torch.cat(likeliest)
 

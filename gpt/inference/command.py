@@ -21,7 +21,7 @@ from gpt.inference.packing import pack_for_inference
 from gpt.inference.quantize import quantize_int8
 from gpt.inference.sampling import Sampling
 from gpt.runtime.compiling import should_compile_decoding
-from gpt.runtime.device import find_device
+from gpt.runtime.device import find_decoding_device
 
 _MAX_TOKENS = 200  # where max_tokens is not set
 
@@ -32,7 +32,7 @@ def generate(config: GenerateConfig) -> int:
     if any("\ud800" <= c <= "\udfff" for text in [*prompts, config.system] for c in text):
         raise UserError("prompt: it is not valid UTF-8")  # so Python holds bytes of the command line that it cannot decode
     started = time.perf_counter()
-    device = find_device(config.device_config, config.precision)
+    device = find_decoding_device(config.device_config, config.precision)
     loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
     if wrong := [i for i in config.stop_ids if not 0 <= i < loaded.model.config.vocab_size]:
         raise UserError(f"stop_ids={wrong[0]}: the model's ids go from 0 to {loaded.model.config.vocab_size - 1}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -166,6 +166,23 @@ def find_device(config: DeviceConfig, precision: Literal["auto", "bf16", "fp32"]
     from gpt.runtime.cpu import find_cpu
 
     return find_cpu(precision)
+
+
+def find_decoding_device(config: DeviceConfig, precision: Literal["auto", "bf16", "fp32"] = "auto") -> Device:
+    """As `find_device`, for making text: auto takes the CPU where the accelerator cannot.
+
+    Raises:
+        UserError: the device that is asked for cannot.
+    """
+    device = find_device(config, precision)
+    if device.decodes:
+        return device
+    if config.name == "auto":
+        return find_device(replace(config, name="cpu"), precision)
+    raise UserError(
+        f"device={config.name}: text is made with another length at each step, and this device compiles for each; take device=cpu, or serve "
+        "an export (gpt export) with vLLM there"
+    )
 
 
 def count_devices(config: DeviceConfig) -> int | None:
