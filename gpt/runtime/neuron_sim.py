@@ -118,15 +118,19 @@ def _replace_in_torch() -> None:
     torch.Event = Event  # type: ignore[misc]
     torch.Tensor.pin_memory = refuse_pinned  # type: ignore[method-assign]
     storage: Any = torch.UntypedStorage
-    for name, of_device in (("resize_", _resize), ("size", _size), ("nbytes", _size)):
+    for name, of_device in (("resize_", _resize), ("size", _size), ("nbytes", _size), ("clone", _clone)):
         setattr(storage, name, _for_device(of_device, getattr(storage, name)))
+    # print(tensor) computes in float64, which the chip takes for float32 silently, and we refuse.
+    printing: Any = torch._tensor_str
+    widest = printing.tensor_totype
+    printing.tensor_totype = lambda tensor: tensor.float() if tensor.device.type == "neuron" else widest(tensor)
     # Before torch's own reader, which wants a storage with a method of the device's name
     torch.serialization.register_package(1, lambda storage: None, _read_storage)
 
 
 def _for_device(of_device: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
     def method(storage: torch.UntypedStorage, *args: Any) -> Any:
-        return (of_device if storage.device.type == "neuron" else otherwise)(storage, *args)
+        return (of_device if hasattr(storage, "_neuron_sim") else otherwise)(storage, *args)  # a tensor that is traced has none
 
     return method
 
@@ -138,6 +142,10 @@ def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
 
 def _size(storage: torch.UntypedStorage) -> int:
     return memory_of(storage).size
+
+
+def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    return device_storage(memory_of(storage).storage.clone())
 
 
 def _read_storage(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:

@@ -67,9 +67,8 @@ def _origin() -> tuple[str, str]:
     from torch._guards import CompileContext, TracingContext
 
     codes = TracingContext.get_traced_code() or []
-    # block.compile() starts in torch's Module._call_impl: the name that says something is that of the first function which is not torch's.
-    ours = next((c for c in codes if not c.co_filename.startswith(_TORCH)), codes[0] if codes else None)
-    function = "?" if ours is None else getattr(ours, "co_qualname", ours.co_name)
+    names = [c.co_qualname for c in codes if not c.co_filename.startswith(_TORCH)] or ["?"]
+    function = names[0].replace("<locals>.", "")
     compiled = CompileContext.current_compile_id()
     if compiled is None or not compiled.frame_compile_id or not any(g.function == function for g in RECORD.graphs):
         return function, f"first call of {function}"
@@ -82,8 +81,8 @@ def _origin() -> tuple[str, str]:
 def _compile(module: fx.GraphModule, inputs: Sequence[Any], kind: _Kind, function: str, cause: str) -> Callable[..., Any]:
     tensors = [i for i in inputs if isinstance(i, Tensor)]
     for value in inputs:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else (value,)
-        if any(isinstance(size, torch.SymInt) for size in shape):
+        if _is_dynamic(value):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else value
             raise CompilationError(f"NCC_EMOD025: Dynamic shape is not supported: an input of {function} is {shape}; compile with dynamic=False")
     operations: Counter[str] = Counter()
     for node in module.graph.nodes:
@@ -124,15 +123,18 @@ def _check(node: fx.Node, function: str) -> None:
     if name is not None and RECORD.lacks(name):
         raise CompilationError(f"neuronx-cc: {name} is not supported (in {function}; {_where(node)})")
     for value in tree_leaves(node.meta.get("val")):
-        if not isinstance(value, (Tensor, torch.SymInt)):
-            continue
-        if isinstance(value, torch.SymInt) or any(isinstance(size, torch.SymInt) for size in value.shape):
+        if _is_dynamic(value):
             raise CompilationError(
                 f"NCC_EMOD025: Dynamic shape is not supported: {name or node.name} in {function} makes one ({_where(node)})"
             )
-        if value.dtype in REFUSED_DTYPES and _on_device(value):
+        if _on_device(value) and value.dtype in REFUSED_DTYPES:
             kind = str(value.dtype).removeprefix("torch.")
             raise CompilationError(f"neuronx-cc: {kind} is not supported: {name or f'input {node.name}'} in {function} ({_where(node)})")
+
+
+def _is_dynamic(value: Any) -> bool:
+    """Whether it is a size that is not known, or a tensor of such. The state of a CPU's generator, which dropout may keep, does not count."""
+    return isinstance(value, torch.SymInt) or (_on_device(value) and any(isinstance(size, torch.SymInt) for size in value.shape))
 
 
 def _operation(node: fx.Node) -> str | None:

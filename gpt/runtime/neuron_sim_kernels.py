@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
 
 from gpt.runtime.neuron_sim_record import COUNTED_AS, SDPA, Record, overloads_of
 
@@ -230,9 +231,11 @@ def _mixed(plan: _Plan) -> RuntimeError:
     )
 
 
-def _note_fallback(name: str) -> None:
+def _note_fallback(name: str, in_graph: bool = False) -> None:
     if not RECORD.lacks(name):
         return
+    if in_graph:
+        raise NotImplementedError(f"neuronx-cc: {name} is not supported")
     if RECORD.strict:
         raise NotImplementedError(f"{name} is not implemented for device neuron, and fallback to the CPU is switched off")
     RECORD.fallbacks[name] += 1
@@ -304,6 +307,8 @@ def _attention(
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """`scaled_dot_product_attention`: one kernel where the chip has one (causal, no mask, these head dimensions), else products and softmax."""
+    if RECORD.unsupported:
+        _note_fallback(SDPA, in_graph=isinstance(query, FakeTensor))
     fused = is_causal and attn_mask is None and not dropout_p and query.dim() == 4 and query.shape[-1] == value.shape[-1]
     if fused and query.shape[-1] in FLASH_HEAD_DIMS and query.shape[-2] == key.shape[-2] and query.numel():
         if enable_gqa and query.shape[1] != key.shape[1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.runtime.neuron_sim_kernels import NEURON, host_tensor
+from gpt.runtime.neuron_sim_kernels import host_tensor
 
 # The collectives of c10d's ProcessGroup, which take (tensors or lists of tensors, ..., options). torch 2.13 calls some by two names.
 _COLLECTIVES = (
@@ -32,16 +33,26 @@ _MANY = {
 class NeuronWork(dist.Work):
     """Collectives under way, whose results are tensors of the device."""
 
-    def __init__(self, works: Sequence[dist.Work], results: list[Tensor]) -> None:
+    def __init__(self, works: Sequence[dist.Work], results: list[Tensor], divisor: int = 1) -> None:
         super().__init__()
-        self._works, self._results = works, results
+        self._works, self._results, self._divisor = works, results, divisor
+        self._lock = threading.Lock()  # a future's callback runs in a thread of gloo
         self._future: torch.futures.Future[list[Tensor]] | None = None
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
         """Block until all are done."""
         for work in self._works:
             work.wait() if timeout is None else work.wait(timeout)
+        self._divide()
         return True
+
+    def _divide(self) -> None:
+        """Make a sum a mean, which gloo does not."""
+        with self._lock:
+            divisor, self._divisor = self._divisor, 1
+        if divisor != 1:
+            for result in self._results:
+                host_tensor(result).div_(divisor)
 
     def is_completed(self) -> bool:
         """Whether all are done."""
@@ -66,7 +77,7 @@ class NeuronWork(dist.Work):
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
         """What will be the tensors that are written to."""
         if self._future is None:
-            future: torch.futures.Future[Any] = torch.futures.Future(devices=[NEURON])
+            future: torch.futures.Future[Any] = torch.futures.Future()
             first, results = self._works[0].get_future(), self._results
 
             def done(finished: torch.futures.Future[Any]) -> None:
@@ -74,6 +85,7 @@ class NeuronWork(dist.Work):
                     finished.value()
                     for work in self._works[1:]:
                         work.wait()
+                    self._divide()
                 except Exception as error:
                     future.set_exception(error)
                 else:
@@ -112,10 +124,8 @@ class NeuronProcessGroup(dist.ProcessGroup):
         works, self._coalesced = self._coalesced or [], None
         return NeuronWork(works, [r for work in works for r in work.result()])
 
-    def _begun(self, works: Sequence[dist.Work], results: list[Tensor]) -> dist.Work:
-        if all(r.is_cpu for r in results) and len(works) == 1 and self._coalesced is None:
-            return works[0]
-        work = NeuronWork(works, results)
+    def _begun(self, works: Sequence[dist.Work], results: list[Tensor], divisor: int = 1) -> dist.Work:
+        work = NeuronWork(works, results, divisor)
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
@@ -133,19 +143,32 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
+def _summing(options: Sequence[Any], size: int) -> int:
+    """Have a reduction to a mean make a sum; what to divide it by."""
+    for option in options:
+        operation = getattr(option, "reduceOp", None)
+        if operation == dist.ReduceOp.PREMUL_SUM:
+            raise RuntimeError("ReduceOp.PREMUL_SUM is NCCL's alone; with FSDP, module.set_force_sum_reduction_for_comms(True) avoids it")
+        if operation == dist.ReduceOp.AVG:
+            option.reduceOp = dist.ReduceOp.SUM
+            return size
+    return 1
+
+
 def _collective(name: str) -> Callable[..., dist.Work]:
     def run(self: NeuronProcessGroup, written: Any, *args: Any, **kwargs: Any) -> dist.Work:
+        divisor = _summing((*args, *kwargs.values()), self.size())
         work = getattr(self._gloo, name)(_hosts(written), *map(_hosts, args), **kwargs)
-        return self._begun([work], _tensors(written))
+        return self._begun([work], _tensors(written), divisor)
 
     return run
 
 
 def _many(name: str) -> Callable[..., dist.Work]:
     def run(self: NeuronProcessGroup, written: Sequence[Tensor], read: Sequence[Tensor], *options: Any) -> dist.Work:
-        one = getattr(self._gloo, name)
-        works = [one(host_tensor(w), host_tensor(r), *options) for w, r in zip(written, read, strict=True)]
-        return self._begun(works, list(written))
+        divisor, one = _summing(options, self.size()), getattr(self._gloo, name)
+        works = [one(host_tensor(target), host_tensor(source), *options) for target, source in zip(written, read, strict=True)]
+        return self._begun(works, list(written), divisor)
 
     return run
 

@@ -101,8 +101,8 @@ def operation_names(names: Collection[str]) -> frozenset[str]:
         overloads = [o for o in _overloads() if o == whole or o.partition(".")[0] == whole]
         if not overloads:
             raise ValueError(f"{name!r}, which torch {torch.__version__} does not know")
-        composite = "CompositeImplicitAutograd"
-        if whole != SDPA and all(torch._C._dispatch_has_kernel_for_dispatch_key(o, composite) for o in overloads):
+        plain = [o for o in overloads if not o.endswith("out")] or overloads
+        if whole != SDPA and all(torch._C._dispatch_has_kernel_for_dispatch_key(o, "CompositeImplicitAutograd") for o in plain):
             raise ValueError(f"{name!r}, which is made of other operations and never reaches a device: name those")
         found.add(whole)
     return frozenset(found)
