@@ -1,12 +1,13 @@
 """The simulated Trainium device: torch's device type `neuron`, as AWS TorchNeuron registers it, computed by the CPU.
 
 `install` gives a process real tensors with `device.type == "neuron"`, torch.accelerator, autocast, torch.compile(backend="neuron") and the
-process group "neuron", so that the code that trains on Trainium runs on a laptop, unchanged, and to the same numbers as on the CPU. It
-refuses what the hardware refuses and records what the hardware would compile. What it cannot tell: kernels, compiler errors, numerics, speed.
+process group "neuron", so that the code that trains on Trainium runs on a laptop, unchanged, and to the same numbers as on the CPU.
+It refuses what the hardware refuses and records what that would compile. It cannot tell of kernels, compiler errors, numerics, speed.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import os
 import sys
@@ -121,7 +122,7 @@ def _replace_in_torch() -> None:
     for name, of_device in (("resize_", _resize), ("size", _size), ("nbytes", _size), ("clone", _clone)):
         setattr(storage, name, _for_device(of_device, getattr(storage, name)))
     # print(tensor) computes in float64, which the chip takes for float32 silently, and we refuse.
-    printing: Any = torch._tensor_str
+    printing: Any = importlib.import_module("torch._tensor_str")
     widest = printing.tensor_totype
     printing.tensor_totype = lambda tensor: tensor.float() if tensor.device.type == "neuron" else widest(tensor)
     # Before torch's own reader, which wants a storage with a method of the device's name
@@ -148,7 +149,7 @@ def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     return device_storage(memory_of(storage).storage.clone())
 
 
-def _read_storage(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+def _read_storage(storage: Any, location: str) -> Any:
     return device_storage(storage) if location.partition(":")[0] == "neuron" else None
 
 
@@ -158,6 +159,9 @@ def _statistics() -> dict[str, Any]:
 
 class Event(torch.Event):
     """`torch.Event` that can tell the time on the simulated device, where an operation is done when it returns."""
+
+    _timed: bool
+    _recorded: float | None
 
     def __new__(cls, device: Any = None, **options: Any) -> Any:
         """As `torch.Event`; of another device type it is torch's own."""
@@ -181,17 +185,17 @@ class Event(torch.Event):
     def wait(self, stream: Any = None) -> None:
         """Have a stream wait: there is nothing to wait for."""
 
-    def elapsed_time(self, end_event: Any) -> float:
+    def elapsed_time(self, other: Any) -> float:
         """Milliseconds from this event to another.
 
         Raises:
             ValueError: one was made without enable_timing=True, or not recorded.
         """
-        if not (self._timed and end_event._timed):
+        if not (self._timed and other._timed):
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
-        if self._recorded is None or end_event._recorded is None:
+        if self._recorded is None or other._recorded is None:
             raise ValueError("Both events must be recorded before calculating elapsed time.")
-        return 1000 * (end_event._recorded - self._recorded)
+        return 1000 * (other._recorded - self._recorded)
 
 
 # What the code that runs on Trainium imports
@@ -309,7 +313,6 @@ class TorchNeuronXModule(types.ModuleType):
     """`torch_neuronx`, as far as our code calls it."""
 
     __version__ = ".".join(torch.__version__.split("+")[0].split(".")[:2]) + ".0+sim"
-    __path__: list[str] = []
 
     def get_fallback_ops(self) -> list[str]:
         """Operations that ran on the CPU since `clear_op_tracking`."""

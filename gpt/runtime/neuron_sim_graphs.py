@@ -27,7 +27,9 @@ class CompilationError(RuntimeError):
     """The chip's compiler would not take this graph."""
 
 
-def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None) -> Callable[..., Any]:
+def compile_graph(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None
+) -> Callable[..., Any]:
     """The backend that torch.compile calls for a graph.
 
     Args:
@@ -83,7 +85,9 @@ def _compile(module: fx.GraphModule, inputs: Sequence[Any], kind: _Kind, functio
     for value in inputs:
         if _is_dynamic(value):
             shape = tuple(value.shape) if isinstance(value, Tensor) else value
-            raise CompilationError(f"NCC_EMOD025: Dynamic shape is not supported: an input of {function} is {shape}; compile with dynamic=False")
+            raise CompilationError(
+                f"NCC_EMOD025: Dynamic shape is not supported: an input of {function} is {shape}; compile with dynamic=False"
+            )
     operations: Counter[str] = Counter()
     for node in module.graph.nodes:
         _check(node, function)
@@ -91,10 +95,8 @@ def _compile(module: fx.GraphModule, inputs: Sequence[Any], kind: _Kind, functio
             operations[name] += 1
     outputs = list(tree_leaves(_output(module).args[0]))
     made, scratch = _bytes(module, outputs)
-    graph = Graph(
-        kind, function, cause, tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors), operations, operations.total(), made,
-        scratch,
-    )  # fmt: skip
+    shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
+    graph = Graph(kind, function, cause, shapes, dtypes, operations, operations.total(), made, scratch)
     RECORD.graphs.append(graph)
     on_device = [isinstance(o, fx.Node) and _on_device(o.meta.get("val")) for o in outputs]
     _move_to_cpu(module)
@@ -133,7 +135,7 @@ def _check(node: fx.Node, function: str) -> None:
 
 
 def _is_dynamic(value: Any) -> bool:
-    """Whether it is a size that is not known, or a tensor of such. The state of a CPU's generator, which dropout may keep, does not count."""
+    """Whether it is a size that is not known, or a tensor of such; not the state of the CPU's generator, which dropout may keep."""
     return isinstance(value, torch.SymInt) or (_on_device(value) and any(isinstance(size, torch.SymInt) for size in value.shape))
 
 

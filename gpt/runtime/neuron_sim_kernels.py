@@ -1,8 +1,8 @@
 """Tensors and operations of the simulated device.
 
 A tensor of device type `neuron` has a storage of that type whose bytes are those of a hidden CPU storage. Every operation runs the CPU's
-kernel on CPU tensors that share those bytes, so that nothing is copied and results are the CPU's to the bit. The dispatcher does not look at
-devices again behind a Python kernel: mixed devices, float64 and the like are refused here.
+kernel on CPU tensors that share those bytes, so that nothing is copied and results are the CPU's to the bit. Behind a Python kernel torch
+does not look at devices again: mixed ones, float64 and the like are refused here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NEURON = torch.device("neuron" if torch._C._get_privateuse1_backend_name() == "n
 REFUSED_DTYPES = frozenset({torch.float64, torch.complex128})
 FLASH_HEAD_DIMS = (64, 128)  # of the chip's attention kernel
 _ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_UNDER_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+_UNDER_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # type: ignore[attr-defined]
 
 _aten = torch.ops.aten
 _set_storage = _aten.set_.source_Storage_storage_offset
@@ -94,7 +94,7 @@ def _attach(storage: Any, host: Any) -> HostMemory:
     return memory
 
 
-def device_storage(host: torch.UntypedStorage) -> torch.UntypedStorage:
+def device_storage(host: Any) -> Any:
     """A storage of the device with the bytes of a CPU storage: the one that it has already, or a new one."""
     known = getattr(host, "_on_neuron", None)
     storage = known() if known is not None else None
@@ -140,7 +140,7 @@ class _Plan:
     def __init__(self, op: OpOverload) -> None:
         schema = op._schema
         whole = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
-        self.name = COUNTED_AS.get(schema.name, whole)
+        self.name: str = COUNTED_AS.get(schema.name, whole)
         self.has_kernel = schema.name not in _NO_KERNEL
         self.is_indexed = schema.name.startswith(_INDEXED)
         self.refusal = None
@@ -184,9 +184,12 @@ def run_operation(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
         record.eager_kernels[name].add(tuple(signature))
     result = op(*hosts, **named)  # not redispatch, which takes no number for a tensor
     for place in plan.written:
-        where, host = (args[place], hosts[place]) if isinstance(place, int) and place < len(args) else (kwargs.get(place), named.get(place))
-        if isinstance(where, Tensor) and isinstance(host, Tensor) and (where.shape != host.shape or where.stride() != host.stride()):
-            _resized(where, host)
+        if isinstance(place, int):
+            target, host = args[place], hosts[place]
+        else:
+            target, host = kwargs.get(place), named.get(place)
+        if isinstance(target, Tensor) and isinstance(host, Tensor) and (target.shape != host.shape or target.stride() != host.stride()):
+            _resized(target, host)
     aliases = plan.aliases
     if isinstance(result, Tensor):
         place = aliases[0]
@@ -227,7 +230,8 @@ def _up(value: Any) -> Any:
 
 def _mixed(plan: _Plan) -> RuntimeError:
     return RuntimeError(
-        f"Expected all tensors to be on the same device, but found at least two devices, neuron:0 and cpu! (when checking arguments of {plan.name})"
+        "Expected all tensors to be on the same device, but found at least two devices, neuron:0 and cpu! "
+        f"(when checking arguments of {plan.name})"
     )
 
 
@@ -306,7 +310,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`scaled_dot_product_attention`: one kernel where the chip has one (causal, no mask, these head dimensions), else products and softmax."""
+    """`scaled_dot_product_attention`: one kernel where the chip has one (causal, no mask, FLASH_HEAD_DIMS), else its parts."""
     if RECORD.unsupported:
         _note_fallback(SDPA, in_graph=isinstance(query, FakeTensor))
     fused = is_causal and attn_mask is None and not dropout_p and query.dim() == 4 and query.shape[-1] == value.shape[-1]
@@ -354,9 +358,9 @@ def register_kernels() -> list[torch.library.Library]:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in torch._C._dispatch_get_all_op_names():
         short = name.removeprefix("aten::")
-        if name.startswith("aten::") and short not in taken and has(name, "CPU"):
-            if has(name, "CompositeExplicitAutogradNonFunctional") or has(name, "CompositeExplicitAutograd"):
-                give_kernel(name, aten)
+        made_of_others = has(name, "CompositeExplicitAutogradNonFunctional") or has(name, "CompositeExplicitAutograd")
+        if name.startswith("aten::") and short not in taken and made_of_others and has(name, "CPU"):
+            give_kernel(name, aten)
     for key in ("PrivateUse1", "AutogradPrivateUse1"):
         aten.impl(SDPA.removeprefix("aten::"), _attention, key)
     for names, low in ((_LOW_PRECISION, True), (_FULL_PRECISION, False)):

@@ -15,8 +15,8 @@ from gpt.runtime.neuron_sim_kernels import host_tensor
 
 # The collectives of c10d's ProcessGroup, which take (tensors or lists of tensors, ..., options). torch 2.13 calls some by two names.
 _COLLECTIVES = (
-    "allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "_allgather_base", "reduce_scatter", "_reduce_scatter_base", "gather",
-    "scatter", "alltoall", "alltoall_base", "send", "recv", "recv_anysource",
+    "allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "_allgather_base", "reduce_scatter", "_reduce_scatter_base",
+    "gather", "scatter", "alltoall", "alltoall_base", "send", "recv", "recv_anysource",
 )  # fmt: skip
 _SAME = {
     "all_gather_single": "_allgather_base",
@@ -100,8 +100,8 @@ class NeuronProcessGroup(dist.ProcessGroup):
     """Collectives among devices; those of CPU tensors work, too, as in a group "cpu:gloo,neuron:neuron"."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
         self._coalesced: list[NeuronWork] | None = None
 
     def getBackendName(self) -> str:  # noqa: N802
@@ -109,7 +109,7 @@ class NeuronProcessGroup(dist.ProcessGroup):
         return "neuron"
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> Any:
         """What torch calls this group."""
         return dist.distributed_c10d._world.pg_names[self]
 
