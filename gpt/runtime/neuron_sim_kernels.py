@@ -135,7 +135,7 @@ def _point(tensor: Tensor, host: Tensor) -> Tensor:
 class _Plan:
     """What is to be known of an operation, read off its schema once."""
 
-    __slots__ = ("aliases", "has_kernel", "is_indexed", "name", "refusal", "written")
+    __slots__ = ("aliases", "has_kernel", "is_indexed", "name", "refusal", "tensors", "written")
 
     def __init__(self, op: OpOverload) -> None:
         schema = op._schema
@@ -155,6 +155,7 @@ class _Plan:
                 place = argument.name if argument.kwarg_only else position
                 self.written.append(place)
                 places.update(dict.fromkeys(alias.before_set, place))
+        self.tensors = [n for n, a in enumerate(schema.arguments) if n and not a.kwarg_only and isinstance(a.type, torch.TensorType)]
         self.aliases: list[int | str | None] = []
         for result in schema.returns:
             alias = result.alias_info
@@ -182,7 +183,11 @@ def run_operation(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     named = {key: _down(a, plan, signature) for key, a in kwargs.items()} if kwargs else kwargs
     if plan.has_kernel:
         record.eager_kernels[name].add(tuple(signature))
-    result = op(*hosts, **named)  # not redispatch, which takes no number for a tensor
+    call: Any = op
+    for place in plan.tensors:
+        if place < len(args) and not isinstance(args[place], Tensor) and args[place] is not None:
+            call = op.overloadpacket  # which finds the overload for a number, where this one wants a tensor
+    result = call(*hosts, **named)
     for place in plan.written:
         if isinstance(place, int):
             target, host = args[place], hosts[place]
@@ -319,6 +324,8 @@ def _attention(
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         return _aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, 0.0, True, scale=scale)[0]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
     return _aten._scaled_dot_product_attention_math.default(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
