@@ -68,7 +68,7 @@ def _refuse_impossible() -> None:
 
 
 def _register() -> None:
-    from torch._dynamo import register_backend
+    from torch._dynamo import register_backend, trace_rules
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     from gpt.runtime.neuron_sim_graphs import compile_graph
@@ -80,6 +80,9 @@ def _register() -> None:
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
         sys.modules[module.__name__] = module
     register_backend(compile_graph, name="neuron")
+    # To dynamo our kernels are Python functions like any, which it would compile where it meets them outside a graph.
+    for part in ("", "_kernels", "_graphs", "_processes"):
+        trace_rules.add(f"{__name__}{part}")
     _replace_in_torch()
     if torch.distributed.is_available():
         from gpt.runtime.neuron_sim_processes import register_process_group

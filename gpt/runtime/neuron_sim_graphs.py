@@ -7,19 +7,22 @@ bytes of the device's, so a compiled step costs what it costs on a CPU.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from gpt.runtime.neuron_sim_kernels import CPU, RECORD, REFUSED_DTYPES, device_tensor, host_tensor
 from gpt.runtime.neuron_sim_record import COUNTED_AS, Graph
 
 _TORCH = str(Path(torch.__file__).parent)
+_UNMARKED_VIEWS = {"aten::_unsafe_view", "aten::lift_fresh"}
 _Kind = Literal["forward", "backward", "inference"]
 
 
@@ -94,7 +97,7 @@ def _compile(module: fx.GraphModule, inputs: Sequence[Any], kind: _Kind, functio
         if name := _operation(node):
             operations[name] += 1
     outputs = list(tree_leaves(_output(module).args[0]))
-    made, scratch = _bytes(module, outputs)
+    made, scratch = _bytes(module)
     shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors)
     graph = Graph(kind, function, cause, shapes, dtypes, operations, operations.total(), made, scratch)
     RECORD.graphs.append(graph)
@@ -144,14 +147,17 @@ def _operation(node: fx.Node) -> str | None:
         return None
     if isinstance(node.target, OpOverload):
         return COUNTED_AS.get(node.target._schema.name, node.target.name())
+    for argument in node.args:  # such as that of which run_and_save_rng_state keeps the random numbers
+        if isinstance(argument, OpOverload):
+            return COUNTED_AS.get(argument._schema.name, argument.name())
     name = getattr(node.target, "__name__", str(node.target))
     return None if name == "getitem" else name
 
 
 def _where(node: fx.Node) -> str:
     """The line of the user's code that a node comes of."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
-    return ", ".join(lines[-2:]) if lines else "no line known"
+    _, found, last = (node.stack_trace or "").rpartition('File "')
+    return " ".join(f'File "{last}'.split()) if found else "no line known"
 
 
 def _output(module: fx.GraphModule) -> fx.Node:
@@ -162,43 +168,49 @@ def _on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "neuron"
 
 
-def _bytes(module: fx.GraphModule, outputs: list[Any]) -> tuple[int, int]:
-    """Of the tensors that a graph makes: those of its outputs, and the most that are alive at once. Views count with what they show."""
+def _bytes(module: fx.GraphModule) -> tuple[int, int]:
+    """Of the tensors that a graph makes on the device: those that it returns, and the most that are alive at once."""
+    storages = _storages(module)
+    last_use: dict[_Storage, int] = {}
     nodes = list(module.graph.nodes)
-    last_use: dict[Any, int] = {}  # by storage, or its first node
-    sizes: dict[Any, int] = {}
-    given: set[Any] = set()
     for place, node in enumerate(nodes):
-        for key, size in _storages(node):
-            if node.op in ("placeholder", "get_attr"):
-                given.add(key)
-            sizes[key] = max(size, sizes.get(key, 0))
-            last_use[key] = place
-        for used in node.all_input_nodes:
-            last_use.update((key, place) for key, _ in _storages(used))
-    made = {key: size for key, size in sizes.items() if key not in given}
+        for used in (node, *node.all_input_nodes):
+            last_use.update((storage, place) for storage in tree_leaves(storages[used]) if storage is not None)
     alive = most = 0
-    begun: set[Any] = set()
-    ends: dict[int, list[int]] = {}
-    for key, size in made.items():
-        ends.setdefault(last_use[key], []).append(size)
+    seen: set[_Storage] = set()
     for place, node in enumerate(nodes):
-        for key, _ in _storages(node):
-            if key in made and key not in begun:
-                begun.add(key)
-                alive += made[key]
+        for storage in {s for s in tree_leaves(storages[node]) if s is not None and s.is_made} - seen:
+            alive += storage.size
+            seen.add(storage)
         most = max(most, alive)
-        alive -= sum(ends.get(place, []))
-    returned = {key for o in outputs if isinstance(o, fx.Node) for key, _ in _storages(o)}
-    return sum(size for key, size in made.items() if key in returned), most
+        used = {s for n in (node, *node.all_input_nodes) for s in tree_leaves(storages[n]) if s is not None and s.is_made}
+        alive -= sum(s.size for s in used if last_use[s] == place)
+    returned = {s for node in nodes[-1].all_input_nodes for s in tree_leaves(storages[node]) if s is not None and s.is_made}
+    return sum(s.size for s in returned), most
 
 
-def _storages(node: fx.Node) -> Iterator[tuple[Any, int]]:
-    """Of a node's tensors on the device: what tells their storages apart, and their bytes."""
-    for value in tree_leaves(node.meta.get("val")):
-        if _on_device(value):
-            storage = value.untyped_storage()
-            yield storage._cdata, storage.nbytes()
+@dataclass(eq=False)
+class _Storage:
+    size: int
+    is_made: bool  # by the graph; else it is an input
+
+
+def _storages(module: fx.GraphModule) -> dict[fx.Node, Any]:
+    """What each node's tensors lie in, in the structure of its value. Of the traced tensors themselves one cannot tell: functional ones share
+    nothing."""
+    found: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        value, target = node.meta.get("val"), node.target
+        of = found.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if isinstance(of, (tuple, list)) and getattr(target, "__name__", "") == "getitem":
+            found[node] = of[node.args[1]]
+        elif isinstance(target, OpOverload) and (target.name() in _UNMARKED_VIEWS or any(r.alias_info for r in target._schema.returns)):
+            base = next(iter(tree_leaves(found[node.all_input_nodes[0]])), None)
+            found[node] = tree_map(lambda v, base=base: base if _on_device(v) else None, value)
+        else:
+            made = node.op == "call_function"
+            found[node] = tree_map(lambda v, made=made: _Storage(v.numel() * v.element_size(), made) if _on_device(v) else None, value)
+    return found
 
 
 def _move_to_cpu(module: fx.GraphModule) -> None:
@@ -209,5 +221,6 @@ def _move_to_cpu(module: fx.GraphModule) -> None:
                 node.args = tree_map_only(torch.device, lambda _: CPU, node.args)
                 node.kwargs = tree_map_only(torch.device, lambda _: CPU, node.kwargs)
                 if node.op == "get_attr" and isinstance(constant := getattr(part, str(node.target), None), Tensor):
-                    setattr(part, str(node.target), host_tensor(constant))
+                    with unset_fake_temporarily():
+                        setattr(part, str(node.target), host_tensor(constant))
             part.recompile()

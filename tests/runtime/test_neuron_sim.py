@@ -72,7 +72,9 @@ def test_torch_still_has(piece):
 
 @pytest.mark.parametrize("checks", ["device", "graph", "process"])
 def test_in_a_process_of_its_own(checks):
-    done = run("-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-q", str(Path(__file__).with_name(f"neuron_sim_{checks}_checks.py")))
+    done = run(
+        "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-q", str(Path(__file__).with_name(f"neuron_sim_{checks}_checks.py"))
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
@@ -109,9 +111,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TORCH_NEURONX", "RANK", "WORLD_SIZE"))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=280, check=False, cwd=root, env=environment
-    )
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=280, check=False, cwd=root, env=environment)
 
 
 # The record, which needs no device
@@ -140,5 +140,3 @@ def test_operations_are_named_with_or_without_overload():
     assert not record.lacks("aten::topk_")
     with pytest.raises(ValueError, match="does not know"):
         operation_names(["aten::sort.stabel"])
-
-
