@@ -196,8 +196,7 @@ class _Storage:
 
 
 def _storages(module: fx.GraphModule) -> dict[fx.Node, Any]:
-    """What each node's tensors lie in, in the structure of its value. Of the traced tensors themselves one cannot tell: functional ones share
-    nothing."""
+    """What each node's tensors lie in, in the structure of its value; traced tensors do not say, since functional ones share nothing."""
     found: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         value, target = node.meta.get("val"), node.target

@@ -132,7 +132,7 @@ def only_neuron_check_tensors_of_the_cpu_in_its_group(device):
 def only_neuron_check_a_wait_in_vain(device):
     group = dist.new_group(timeout=datetime.timedelta(seconds=1))
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             dist.all_reduce(numbers(device, 1), group=group)
     dist.barrier()
 
