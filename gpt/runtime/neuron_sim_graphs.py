@@ -79,7 +79,7 @@ def _origin() -> tuple[str, str]:
         return function, f"first call of {function}"
     reasons = [reason for code in codes for reason in guard_failures.get(code, [])[-1:]]
     # As in "0/0: tensor 'x' size mismatch at index 0. expected 4, actual 8"
-    reason = reasons[0].splitlines()[0].partition(": ")[2] if reasons else "torch does not say why"
+    reason = reasons[0].splitlines()[0].partition(": ")[2].strip() if reasons else "torch does not say why"
     return function, f"{function} again: {reason}"
 
 

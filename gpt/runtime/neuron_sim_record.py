@@ -118,8 +118,9 @@ def _overloads() -> list[str]:
 
 
 SDPA = "aten::scaled_dot_product_attention"
-# The CPU's fused attention stands for the chip's, and is counted under the name that people know.
+# The CPU's fused attention stands for the chip's, and is counted as that which people call, and as what torch has for its backward pass on
+# a device of its own.
 COUNTED_AS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": SDPA,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": f"{SDPA}_backward",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "aten::_scaled_dot_product_fused_attention_overrideable_backward",
 }

@@ -231,6 +231,8 @@ def test_attention_is_that_of_products_and_a_softmax(dim, kind):
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     fused = "aten::scaled_dot_product_attention" in RECORD.operations
+    for name in RECORD.operations:
+        assert torch._C._dispatch_get_all_op_names().count(name)  # a name that torch knows
     assert fused == (dim == 64 and kind in ("causal", "grouped"))
 
 
