@@ -1,0 +1,131 @@
+"""What is elsewhere: the Hugging Face hub with its folder here, and AWS (only with aws=true). Nothing secret is ever returned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from gpt.commands import DoctorConfig
+from gpt.doctor.result import Result, gib, nearest_folder, one_line
+
+_PLENTY_FREE = 5 << 30  # bytes; a model of 1B parameters has 2e9 to 4e9
+_BOTO3 = "pip install 'gpt-trainer[aws]'"
+_NO_BOTO3 = "not checked: boto3 is not installed"
+
+
+def hugging_face(config: DoctorConfig) -> Result:
+    """The folder that downloads of the hub are kept in: whether it can be written to, its room, and whether the hub may be asked at all."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    elsewhere = "export HF_HOME=<a folder that you can write to>"
+    kept = [path for kind in ("models", "datasets") for path in folder.glob(f"{kind}--*")] if folder.is_dir() else []
+    offline = bool(constants.HF_HUB_OFFLINE)
+    try:
+        existing = nearest_folder(folder)
+        tempfile.TemporaryFile(dir=existing).close()
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        return Result("warning", f"{folder} cannot be written to: {error.strerror}; nothing can be downloaded", elsewhere)
+    found = f"{folder}: {len(kept)} repositories, {gib(free)} free; {'offline' if offline else 'online'}"
+    if offline and not kept:
+        online = "unset HF_HUB_OFFLINE" if "HF_HUB_OFFLINE" in os.environ else "unset TRANSFORMERS_OFFLINE"
+        return Result("warning", f"{found}, so no hub id can be used", f"{online}; or give folders instead of hub ids")
+    if free < _PLENTY_FREE and not offline:
+        return Result("warning", found, f"hf cache prune, or {elsewhere.replace('that you can write to', 'on a larger disk')}")
+    return Result("ok", found)
+
+
+def aws_credentials(config: DoctorConfig) -> Result:
+    """Who AWS takes this machine for."""
+    try:
+        session = _session()
+    except ImportError:
+        return Result("problem", "boto3 is not installed", _BOTO3)
+    credentials = None
+    log_in = "aws configure sso, then aws sso login; or set AWS_PROFILE to a profile of ~/.aws/config"
+    try:
+        credentials = session.get_credentials()
+        if credentials is None:
+            return Result("problem", "there are none", log_in)
+        identity = _client(session, "sts").get_caller_identity()
+    except Exception as error:  # a whole family of libraries, each with errors of its own
+        return Result("problem", f"AWS does not take them: {_without_secrets(error, credentials)}", f"log in again: {log_in}")
+    return Result("ok", f"{identity['Arn']} (from {credentials.method})")
+
+
+def aws_region(config: DoctorConfig) -> Result:
+    """The region that jobs would run in."""
+    try:
+        session = _session()
+    except ImportError:
+        return Result("warning", _NO_BOTO3, _BOTO3)
+    region = session.region_name
+    if not region:
+        return Result("problem", "no region is set", "export AWS_DEFAULT_REGION=us-east-1 (or aws configure set region us-east-1)")
+    known = [name for part in session.get_available_partitions() for name in session.get_available_regions("sagemaker", part)]
+    if region not in known:
+        return Result("problem", f"{region}: SageMaker has no such region", "export AWS_DEFAULT_REGION=us-east-1, or another region")
+    return Result("ok", region)
+
+
+def aws_role(config: DoctorConfig) -> Result:
+    """Whether the role that jobs would run as exists and lets SageMaker take it."""
+    if not config.role:
+        return Result("warning", "none named; a SageMaker job needs one", "gpt doctor aws=true role=<name or ARN>, to have it checked")
+    try:
+        session = _session()
+    except ImportError:
+        return Result("warning", _NO_BOTO3, _BOTO3)
+    name = config.role.rpartition("/")[2]
+    try:
+        role = _client(session, "iam").get_role(RoleName=name)["Role"]
+    except Exception as error:  # as above
+        code = _code(error)
+        if code == "NoSuchEntity":
+            return Result("problem", f"there is no role {name} in this account", "role=<one that aws iam list-roles names>")
+        if code in ("AccessDenied", "AccessDeniedException"):
+            return Result("warning", f"you may not look {name} up, so it is not checked", "allow iam:GetRole, or ask the account's owner")
+        return Result("problem", f"{name} cannot be looked up: {_without_secrets(error, session.get_credentials())}", "see AWS credentials")
+    policy = role["AssumeRolePolicyDocument"]
+    text = unquote(policy) if isinstance(policy, str) else json.dumps(policy)
+    if "sagemaker.amazonaws.com" not in text:
+        fix = "let sagemaker.amazonaws.com assume it: IAM, the role, Trust relationships"
+        return Result("problem", f"{role['Arn']} does not let SageMaker take it", fix)
+    return Result("ok", str(role["Arn"]))
+
+
+def _session() -> Any:
+    import boto3  # pyright: ignore[reportMissingImports]  # of the extra aws
+
+    return boto3.Session()
+
+
+def _client(session: Any, name: str) -> Any:
+    from botocore.config import Config  # pyright: ignore[reportMissingImports]  # comes with boto3
+
+    patience = Config(connect_timeout=4, read_timeout=6, retries={"total_max_attempts": 1})
+    return session.client(name, region_name=session.region_name or "us-east-1", config=patience)
+
+
+def _code(error: Exception) -> str:
+    """AWS's short name of what went wrong, such as ExpiredToken, or nothing."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _without_secrets(error: Exception, credentials: Any) -> str:
+    """An error in a line, from which every part of the credentials is cut, should it be quoted there."""
+    if code := _code(error):
+        return code
+    text = f"{type(error).__name__}: {one_line(error, 10_000)}"
+    secrets = [os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")]
+    secrets += [getattr(credentials, name, None) for name in ("access_key", "secret_key", "token")]
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return one_line(text)
