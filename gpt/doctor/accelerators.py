@@ -1,6 +1,6 @@
 """The accelerators that torch finds, with memory and the rate of a large matrix product on each, and flash attention.
 
-Through `torch.accelerator`, the same for every kind; has run without an accelerator only.
+Through `torch.accelerator`, the same for every kind. Has run on machines without one, and on a stand-in, only.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt.commands import DoctorConfig
-from gpt.doctor.devices import ON_CPU, nvidia_gpus
+from gpt.doctor.devices import ON_CPU, cuda_build, nvidia_gpus
 from gpt.doctor.result import Result, gib, one_line
 
+_ONE_PER_PROCESS = ("neuron",)  # kinds of which a process can use the first one only
 _SIZE, _PRODUCTS = 4096, 20  # of the square matrices, and how many are timed
 
 
@@ -35,12 +36,13 @@ def accelerators(config: DoctorConfig) -> Result:
         return _none(config)
     if config.device not in ("auto", *ON_CPU, found.type):
         return Result("problem", f"device={config.device} is not here; torch finds {found.type}", "device=auto takes what there is")
-    devices = [_measured(found.type, index) for index in range(torch.accelerator.device_count())]
+    number = torch.accelerator.device_count()
+    devices = [_measured(found.type, index) for index in range(1 if found.type in _ONE_PER_PROCESS else number)]
     rates = [device.rate / 1e12 for device in devices]
     spread = f"{min(rates):.3g}" if len(rates) == 1 else f"{min(rates):.3g} to {max(rates):.3g}"
     first = devices[0]
-    memory = f"{gib(first.total)}{' each' if len(devices) > 1 else ''}" if first.total else "memory unknown"
-    text = f"{len(devices)} x {first.name} ({found.type}), {memory}, {spread} TFLOP/s in bf16"
+    memory = f"{gib(first.total)}{' each' if number > 1 else ''}" if first.total else "memory unknown"
+    text = f"{number} x {first.name} ({found.type}), {memory}, {spread} TFLOP/s in bf16"
     if different := {device.name for device in devices} - {first.name}:
         text += f"; not all alike, also {', '.join(sorted(different))}"
     taken = [str(i) for i, device in enumerate(devices) if device.free is not None and device.total and device.free < device.total / 2]
@@ -67,14 +69,18 @@ def _none(config: DoctorConfig) -> Result:
             torch.empty(1, device=built)
         except Exception as error:  # that it fails is known, the words are what is wanted
             reason = one_line(error, 160)
-    asked = config.device not in ("auto", *ON_CPU)
-    if not asked and not (seen and built is not None and config.device == "auto"):
+    if config.device not in ("auto", *ON_CPU):
+        what, fix = f"device={config.device} is not here", "device=auto takes what there is"
+        if config.device == "neuron":
+            fix = f"see torch-neuronx and Neuron cores; {fix}"
+        elif built is None:
+            reason = "this torch was built without it"
+            fix = f"{cuda_build()}; or {fix}" if config.device == "cuda" else fix
+    elif seen and built is not None and config.device == "auto":
+        what = f"{seen[0]} is there, but torch cannot use it"
+        fix = "update its driver (nvidia-smi shows the version), or take a torch built for it"
+    else:
         return Result("ok", "none; the CPU computes")
-    what = f"device={config.device} is not here" if asked else f"{seen[0]} is there, but torch cannot use it"
-    fix = "update the driver (nvidia-smi shows its version), or take a torch built for it" if seen else "device=auto takes what there is"
-    if built is None:
-        reason = "this torch was built without it" if asked and not seen else ""
-        fix = "see the fix of torch" if seen else fix
     return Result("problem", f"{what}{': ' if reason else ''}{reason}", fix)
 
 

@@ -26,7 +26,7 @@ CHECKS = (
     Check("processor", devices.processor, if_stuck=_TORCH, needs="torch"),
     Check("bf16 instructions", devices.bf16_instructions, if_stuck=_TORCH, needs="torch"),
     Check("accelerators", accelerators.accelerators, seconds=120, if_stuck=_DRIVER, needs="torch"),
-    Check("flash attention", accelerators.flash_attention, seconds=60, if_stuck=_DRIVER, needs="torch"),
+    Check("flash attention", accelerators.flash_attention, seconds=60, if_stuck=_DRIVER, needs="torch", lets_go=True),
     Check("torch.compile", processes.compiler, seconds=90, if_stuck="compile=false until it is mended", needs="torch"),
     Check("torch-neuronx", neuron.package),
     Check("Neuron cores", neuron.cores, seconds=30, if_stuck=_DRIVER),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -43,10 +44,14 @@ def torch_build(config: DoctorConfig) -> Result:
     found = f"{version}, built for {_build(torch)}"
     nvidia = nvidia_gpus()
     if nvidia and not torch.version.cuda and config.device not in ON_CPU:
-        plain = version.partition("+")[0]
-        fix = f"pip install --force-reinstall 'torch=={plain}' --index-url https://pypi.org/simple"
-        return Result("warning", f"{found}, which leaves {nvidia[0]} unused", fix)
+        return Result("warning", f"{found}, which leaves {nvidia[0]} unused", cuda_build())
     return Result("ok", found)
+
+
+def cuda_build() -> str:
+    """How to install the torch there is as it is built for CUDA: PyPI has that one for Linux, PyTorch's own index others."""
+    version = importlib.metadata.version("torch").partition("+")[0]
+    return f"pip install --force-reinstall 'torch=={version}' --index-url https://pypi.org/simple"
 
 
 def _build(torch: Any) -> str:
@@ -72,21 +77,25 @@ def processor(config: DoctorConfig) -> Result:
     """The processor's cores, memory and measured rates; threads that are more or fewer than its cores."""
     import torch
 
-    from gpt.runtime.device import usable_cores
+    from gpt.runtime.cpu import set_threads, usable_cores
     from gpt.runtime.peak import measured_peak_flops
 
     cores = usable_cores()
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    torch.set_num_threads(int(chosen) if chosen and chosen.isdecimal() else cores)
+    set_threads(0, 1)
     threads = torch.get_num_threads()
     rates = [f"{measured_peak_flops(getattr(torch, dtype)) / 1e12:.2g}" for dtype in ("bfloat16", "float32")]
     available, total = _memory()
     memory = f"{gib(available)} of {gib(total)} memory free" if available and total else "memory unknown"
-    found = f"{_processor_name()}, {cores} cores, {memory}; {rates[0]} TFLOP/s in bf16, {rates[1]} in fp32, on {threads} thread{'s' * (threads > 1)}"
+    speed = f"{rates[0]} TFLOP/s in bf16, {rates[1]} in fp32, on {threads} thread{'s' * (threads > 1)}"
+    found = f"{_processor_name()}, {cores} cores, {memory}; {speed}"
     if threads > cores:
         return Result("warning", f"{found}, more than there are cores, which slows all of them", f"export OMP_NUM_THREADS={cores}")
     if threads < cores and config.device in ("auto", *ON_CPU):
-        return Result("warning", f"{found}, since OMP_NUM_THREADS={chosen}", "unset OMP_NUM_THREADS (or set device.threads)")
+        return Result(
+            "warning",
+            f"{found}, since OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}",
+            "unset OMP_NUM_THREADS (or set device.threads)",
+        )
     if available and available < _LEAST_MEMORY:
         return Result("warning", f"{found}; little memory", "end what else runs here, or take a smaller train.micro_batch and model")
     return Result("ok", found)

@@ -19,12 +19,11 @@ from typing import Any
 
 from gpt.commands import DoctorConfig
 from gpt.doctor.result import Result, gib, one_line
+from gpt.runtime.environment import OLDEST_NATIVE, instance_type, neuron_version
 
 DEVICES = Path("/dev")  # where the driver puts neuron0, neuron1 ...
-PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the type of the instance
 DRIVER = Path("/sys/module/neuron/version")
 TOOLS = "/opt/aws/neuron/bin"  # not on everybody's PATH
-_NATIVE = (2, 13)
 _PYTHONS = ((3, 12), (3, 14))
 _INDEX = "https://pip.repos.neuron.amazonaws.com"
 _XLA_ONLY = ("trn1", "inf")
@@ -33,18 +32,18 @@ _XLA_REASON = "has only the XLA package, which AWS no longer supports for traini
 
 def package(config: DoctorConfig) -> Result:
     """Which torch-neuronx is installed, and whether torch, Python and the other packages go with it."""
-    version = _version("torch-neuronx")
+    version = neuron_version()
     if version is None:
         if not _expected(config):
             return Result("ok", "n/a: not installed, and no Trainium here")
         return Result("problem", "torch-neuronx is not installed, and this is for Trainium", _install())
     if "WRONG PACKAGE" in str(importlib.metadata.metadata("torch-neuronx")):
         return Result("problem", f"{version} is the placeholder of PyPI, not the package", f"pip uninstall -y torch-neuronx; {_install()}")
-    if _minor(version) < _NATIVE:
+    if _minor(version) < OLDEST_NATIVE:
         text = f"{version} is the old XLA package, out of support for training"
         return Result("problem", text, f"a fresh virtual environment, and there: {_install()}")
     troubles: list[tuple[str, str]] = []
-    torch = _version("torch") or "none"
+    torch = _torch_version() or "none"
     wanted = ".".join(map(str, _minor(version)))
     if _minor(torch) != _minor(version):
         troubles.append((f"torch is {torch}, not {wanted}", f"pip install 'torch=={wanted}.*', or {_install(torch)}"))
@@ -61,7 +60,7 @@ def package(config: DoctorConfig) -> Result:
 
 def cores(config: DoctorConfig) -> Result:
     """What the Neuron driver and neuron-ls say: devices, cores, memory, and the processes that hold them."""
-    machine = _machine()
+    machine = instance_type()
     if machine.startswith(_XLA_ONLY):
         return Result("problem", f"this is {machine}, which {_XLA_REASON}", "take trn2 or trn3; here train with device=cpu")
     tool = shutil.which("neuron-ls") or shutil.which("neuron-ls", path=TOOLS)
@@ -109,20 +108,13 @@ def _listed(devices: list[dict[str, Any]]) -> Result:
 
 def _expected(config: DoctorConfig) -> bool:
     """Whether there should be a Trainium: it is asked for, or this machine has one."""
-    return config.device == "neuron" or any(DEVICES.glob("neuron[0-9]*")) or _machine().startswith("trn")
-
-
-def _machine() -> str:
-    try:
-        return PRODUCT.read_text(encoding="utf-8").strip()
-    except OSError:  # not a PC's system, or none that tells
-        return ""
+    return config.device == "neuron" or any(DEVICES.glob("neuron[0-9]*")) or instance_type().startswith("trn")
 
 
 def _install(torch: str | None = None) -> str:
     """How to install the package, for the torch there is; `docs/trainium.md` says more."""
-    minor = _minor(torch or _version("torch") or "")
-    version = max(minor, _NATIVE)
+    minor = _minor(torch or _torch_version())
+    version = max(minor, OLDEST_NATIVE)
     return f"pip install 'torch-neuronx=={version[0]}.{version[1]}.*' 'neuronx-cc==2.*' nki --extra-index-url {_INDEX}"
 
 
@@ -130,11 +122,11 @@ def _driver_fix() -> str:
     return "sudo modprobe neuron; if there is no such module: sudo apt-get install aws-neuronx-dkms aws-neuronx-tools"
 
 
-def _version(name: str) -> str | None:
+def _torch_version() -> str:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return ""
 
 
 def _minor(version: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from gpt.commands import DoctorConfig
-from gpt.doctor.devices import ON_CPU
+from gpt.config import DeviceConfig
 from gpt.doctor.result import Result, one_line
 
 _COMPILE_SECONDS, _MEET_SECONDS = 60, 25
@@ -44,7 +44,7 @@ def compiler(config: DoctorConfig) -> Result:
     if done.returncode == 0:
         name, _, obstacle = done.stdout.strip().rpartition("\n")[2].partition("\t")
         if obstacle:
-            return Result("warning", obstacle, _compiler_fix())
+            return Result("ok", f"n/a: {obstacle}") if name == "mps" else Result("warning", obstacle, "pip install triton")
         return Result("ok", f"works on {name} ({time.perf_counter() - started:.0f} s)")
     return Result("warning", f"fails, so runs are slower: {_reason(done.stdout + done.stderr)}", _compiler_fix())
 
@@ -54,16 +54,21 @@ def compile_tiny(device: str) -> None:
     import torch
 
     from gpt.runtime.compiling import _skip_vector_probes
+    from gpt.runtime.device import find_device
 
+    there = torch.accelerator.current_accelerator(check_available=True)
+    found = find_device(DeviceConfig("auto" if there is not None and device in ("auto", there.type) else "cpu"))
+    obstacle = found.compile_obstacle()
+    if obstacle and not found.is_host:
+        print(f"{found.type}\t{obstacle}")
+        return
     _skip_vector_probes()
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    where = torch.device("cpu") if accelerator is None or device in ON_CPU else accelerator
     factor = random.random()  # a constant of the kernel, which therefore is new
-    compiled = torch.compile(lambda x: (x * factor).sin() + 1, dynamic=False, fullgraph=True)
+    compiled = torch.compile(lambda x: (x * factor).sin() + 1, **found.compile_options())
     x = torch.linspace(0, 1, 1024)
-    wrong = (compiled(x.to(where)).cpu() - ((x * factor).sin() + 1)).abs().max().item()
+    wrong = (compiled(x.to(found.type)).cpu() - ((x * factor).sin() + 1)).abs().max().item()
     assert wrong < 1e-5, f"the compiled function is wrong by {wrong}"
-    print(where.type)
+    print(found.type)
 
 
 def _compiler_fix() -> str:

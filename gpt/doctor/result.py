@@ -40,6 +40,7 @@ class Check:
         seconds: after which it counts as stuck and is ended.
         if_stuck: the fix where it has to be ended, or ends the process that it runs in.
         needs: the name of an earlier check without which there is nothing to find out.
+        lets_go: the process that it runs in is ended after it, so that devices which it holds are free for the next checks.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Check:
     seconds: float = 20
     if_stuck: str = "run gpt doctor again when the machine has less to do; else it is a fault of gpt doctor, please report it"
     needs: str = ""
+    lets_go: bool = False
 
 
 def one_line(text: object, most: int = 300) -> str:

@@ -47,6 +47,8 @@ def run_checks(checks: Sequence[Check], config: DoctorConfig, announce: Callable
             started = time.perf_counter()
             result = worker.ask(check, config)
             rows.append(Row(check.name, result, time.perf_counter() - started))
+            if check.lets_go:
+                worker.end()
     return rows
 
 
@@ -63,7 +65,7 @@ class _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self.end()
         self._folder.cleanup()
 
     def ask(self, check: Check, config: DoctorConfig) -> Result:
@@ -75,13 +77,13 @@ class _Worker:
         try:
             self._connection.send((check.run, config))
             if not self._connection.poll(check.seconds):
-                self._end()
+                self.end()
                 return Result("problem", f"no answer within {check.seconds:g} s", check.if_stuck)
             result, trace = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(5)
             how = _ending(self._process.exitcode)
-            self._end()
+            self.end()
             return Result("problem", f"the check's process {how}{self._last_words()}", check.if_stuck)
         if trace and os.environ.get("GPT_DEBUG") == "1":
             print(trace, file=sys.stderr)
@@ -96,8 +98,8 @@ class _Worker:
         self._process = process
         theirs.close()
 
-    def _end(self) -> None:
-        """With all processes that it has started."""
+    def end(self) -> None:
+        """End it, with all processes that it has started."""
         if self._process is not None and self._process.pid is not None:
             if hasattr(os, "killpg"):
                 with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended; or had no time yet for a group of its own
