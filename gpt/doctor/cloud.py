@@ -32,7 +32,7 @@ def hugging_face(config: DoctorConfig) -> Result:
         free = shutil.disk_usage(existing).free
     except OSError as error:
         return Result("warning", f"{folder} cannot be written to: {error.strerror}; nothing can be downloaded", elsewhere)
-    found = f"{folder}: {len(kept)} repositories, {gib(free)} free; {'offline' if offline else 'online'}"
+    found = f"{folder}: {len(kept)} repositor{'y' if len(kept) == 1 else 'ies'}, {gib(free)} free; {'offline' if offline else 'online'}"
     if offline and not kept:
         online = "unset HF_HUB_OFFLINE" if "HF_HUB_OFFLINE" in os.environ else "unset TRANSFORMERS_OFFLINE"
         return Result("warning", f"{found}, so no hub id can be used", f"{online}; or give folders instead of hub ids")
@@ -55,7 +55,11 @@ def aws_credentials(config: DoctorConfig) -> Result:
             return Result("problem", "there are none", log_in)
         identity = _client(session, "sts").get_caller_identity()
     except Exception as error:  # a whole family of libraries, each with errors of its own
-        return Result("problem", f"AWS does not take them: {_without_secrets(error, credentials)}", f"log in again: {log_in}")
+        if code := _code(error):
+            return Result("problem", f"AWS does not take them: {code}", f"log in again: {log_in}")
+        return Result(
+            "problem", f"AWS cannot be asked: {_without_secrets(error, credentials)}", "see that AWS can be reached: proxy, VPC endpoint"
+        )
     return Result("ok", f"{identity['Arn']} (from {credentials.method})")
 
 

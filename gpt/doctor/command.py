@@ -14,6 +14,7 @@ from gpt.doctor.runner import Row, run_checks
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _DRIVER = "the driver does not answer: see nvidia-smi or neuron-ls, and restart the machine if they hang too"
 _TORCH = "pip install --force-reinstall torch; an old processor may need another build of it"
@@ -82,6 +83,18 @@ def as_json(rows: Sequence[Row]) -> dict[str, object]:
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """A line for each check, below it the fix where there is one; at the end the counts and what took long."""
+    with console.capture() as drawn:
+        console.print(as_table(rows))
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))  # the cells are padded
+    states = [row.result.state for row in rows]
+    counts = ", ".join(f"{states.count(s)} {s}{'s' * (states.count(s) > 1)}" for s in ("problem", "warning") if s in states)
+    slowest = sorted(rows, key=lambda row: -row.seconds)[:2]
+    slow = " and ".join(f"{row.name} {row.seconds:.0f}" for row in slowest if row.seconds >= 1)
+    print(f"\n{counts or 'all well'}; took {sum(row.seconds for row in rows):.0f} s{f' ({slow})' if slow else ''}")
+
+
+def as_table(rows: Sequence[Row]) -> Table:
+    """The checks, what was found, and the fixes."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -96,14 +109,4 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         if result.fix:
             found.append(f"\nfix: {result.fix}", style="bold")
         table.add_row(row.name, Text(result.state, style=_COLOURS[result.state]), found)
-    with console.capture() as drawn:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))  # the cells are padded
-    states = [row.result.state for row in rows]
-    counts = ", ".join(
-        f"{states.count(state)} {state}{'s' * (states.count(state) != 1)}" for state in ("problem", "warning") if state in states
-    )
-    slowest = sorted(rows, key=lambda row: -row.seconds)[:2]
-    slow = " and ".join(f"{row.name} {row.seconds:.0f}" for row in slowest if row.seconds >= 1)
-    total = f"{sum(row.seconds for row in rows):.0f} s" + (f" ({slow})" if slow else "")
-    console.print(Text(f"\n{counts or 'all well'}; took {total}"))
+    return table

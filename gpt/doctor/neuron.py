@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def cores(config: DoctorConfig) -> Result:
     present = sorted(DEVICES.glob("neuron[0-9]*"))
     if tool is None:
         if present:
-            return Result("warning", f"{len(present)} devices, but no neuron-ls to ask", "sudo apt-get install aws-neuronx-tools")
+            return Result("warning", f"{_counted(present)}, but no neuron-ls to ask", "sudo apt-get install aws-neuronx-tools")
         if not _expected(config):
             return Result("ok", "n/a: no Trainium here")
         return Result("problem", "neither the driver's devices (/dev/neuron0) nor neuron-ls are here", _driver_fix())
@@ -93,7 +94,7 @@ def _listed(devices: list[dict[str, Any]]) -> Result:
         return Result("problem", f"this is {machine}, which {_XLA_REASON}", "take trn2 or trn3; here train with device=cpu")
     number = sum(device["nc_count"] // device.get("logical_neuroncore_config", 1) for device in devices)
     memory = sum(device["memory_size"] for device in devices)
-    parts = [f"{len(devices)} devices, {number} logical cores, {gib(memory)}"]
+    parts = [f"{_counted(devices)}, {number} logical cores, {gib(memory)}"]
     parts += [machine] if machine else []
     parts += [f"driver {DRIVER.read_text().strip()}"] if DRIVER.is_file() else []
     visible = {name: os.environ[name] for name in ("NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES") if name in os.environ}
@@ -104,6 +105,10 @@ def _listed(devices: list[dict[str, Any]]) -> Result:
         fix = f"wait for it to end, or: kill {' '.join(map(str, holders))}; or keep to other cores with NEURON_RT_VISIBLE_CORES"
         return Result("warning", f"{', '.join(parts)}; held by {who}", fix)
     return Result("ok", ", ".join(parts))
+
+
+def _counted(devices: Sequence[object]) -> str:
+    return f"{len(devices)} device{'s' * (len(devices) != 1)}"
 
 
 def _expected(config: DoctorConfig) -> bool:

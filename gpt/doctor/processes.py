@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -90,9 +91,10 @@ def _compiler_fix() -> str:
 def _reason(output: str) -> str:
     """The line of a long report that says what went wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if " error: " in line or line.startswith(("fatal error", "/usr/bin/ld"))]
-    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception")) or "Error: " in line]
-    return one_line((telling or errors[-1:] or lines[-1:] or ["it ended without a word"])[0], 200)
+    compilers = [match[1] for line in lines if (match := re.search(r"\berror: (.+)", line))]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    said = (compilers[:1] or errors[-1:] or lines[-1:] or ["it ended without a word"])[0]
+    return one_line(re.sub(r"^[\w.]+: (?=\w+: )", "", said), 200)  # one error within another: the inner one
 
 
 def process_group(config: DoctorConfig) -> Result:

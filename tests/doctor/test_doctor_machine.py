@@ -57,7 +57,9 @@ def test_a_run_directory_below_a_file(tmp_path):
 
 
 def test_a_run_directory_that_takes_no_files(tmp_path):
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    limit = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    )
     result = in_child(machine.run_directory, DoctorConfig(run_dir=str(tmp_path)), before=limit)
     assert (result.state, result.found) == ("problem", f"{tmp_path} cannot be written to: File too large")
 
