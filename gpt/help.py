@@ -82,7 +82,7 @@ EXAMPLES = {
     "doctor": [
         ("gpt doctor", "every check, in some 15 seconds; most of it is torch.compile"),
         ("gpt doctor device=neuron run_dir=~/runs", "for a machine that is meant for Trainium, with the runs elsewhere"),
-        ("gpt doctor aws=true role=<name or ARN>", "AWS's credentials, region and role too"),
+        ("gpt doctor aws=true role=<name>", "AWS's credentials, region and role too"),
         ("gpt doctor --json", "one JSON object, for scripts"),
     ],
 }

@@ -283,7 +283,7 @@ def test_nothing_else_names_a_device(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_no_path_of_one_machine(module):
     # The same on every machine of its kind, or what one says in a chat.
-    system = ("/proc", "/sys", "/dev", "/opt/ml", "/opt/aws/neuron", "/exit", "/reset")
+    system = ("/proc", "/sys", "/dev", "/opt/ml", "/opt/aws", "/exit", "/reset")
     found = [s.value for s in strings(MODULES[module]) if re.match(r"/[A-Za-z]\w*(/|$)", s.value) and not s.value.startswith(system)]
     assert not found, found
 

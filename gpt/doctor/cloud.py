@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -14,8 +17,7 @@ from gpt.commands import DoctorConfig
 from gpt.doctor.result import Result, gib, nearest_folder, one_line
 
 _PLENTY_FREE = 5 << 30  # bytes; a model of 1B parameters has 2e9 to 4e9
-_BOTO3 = "pip install 'gpt-trainer[aws]'"
-_NO_BOTO3 = "not checked: boto3 is not installed"
+_LOG_IN = "aws configure sso, then aws sso login; or set AWS_PROFILE to a profile of ~/.aws/config"
 
 
 def hugging_face(config: DoctorConfig) -> Result:
@@ -43,32 +45,22 @@ def hugging_face(config: DoctorConfig) -> Result:
 
 def aws_credentials(config: DoctorConfig) -> Result:
     """Who AWS takes this machine for."""
-    try:
-        session = _session()
-    except ImportError:
-        return Result("problem", "boto3 is not installed", _BOTO3)
-    credentials = None
-    log_in = "aws configure sso, then aws sso login; or set AWS_PROFILE to a profile of ~/.aws/config"
-    try:
-        credentials = session.get_credentials()
-        if credentials is None:
-            return Result("problem", "there are none", log_in)
-        identity = _client(session, "sts").get_caller_identity()
-    except Exception as error:  # a whole family of libraries, each with errors of its own
-        if code := _code(error):
-            return Result("problem", f"AWS does not take them: {code}", f"log in again: {log_in}")
-        return Result(
-            "problem", f"AWS cannot be asked: {_without_secrets(error, credentials)}", "see that AWS can be reached: proxy, VPC endpoint"
-        )
-    return Result("ok", f"{identity['Arn']} (from {credentials.method})")
+    return _asking(_identity)
+
+
+def _identity(session: Any) -> Result:
+    credentials = session.get_credentials()
+    if credentials is None:
+        return Result("problem", "there are none", _LOG_IN)
+    return Result("ok", f"{_client(session, 'sts').get_caller_identity()['Arn']} (from {credentials.method})")
 
 
 def aws_region(config: DoctorConfig) -> Result:
     """The region that jobs would run in."""
-    try:
-        session = _session()
-    except ImportError:
-        return Result("warning", _NO_BOTO3, _BOTO3)
+    return _asking(_region)
+
+
+def _region(session: Any) -> Result:
     region = session.region_name
     if not region:
         return Result("problem", "no region is set", "export AWS_DEFAULT_REGION=us-east-1 (or aws configure set region us-east-1)")
@@ -82,32 +74,42 @@ def aws_role(config: DoctorConfig) -> Result:
     """Whether the role that jobs would run as exists and lets SageMaker take it."""
     if not config.role:
         return Result("warning", "none named; a SageMaker job needs one", "gpt doctor aws=true role=<name or ARN>, to have it checked")
-    try:
-        session = _session()
-    except ImportError:
-        return Result("warning", _NO_BOTO3, _BOTO3)
-    name = config.role.rpartition("/")[2]
+    return _asking(partial(_role, name=config.role.rpartition("/")[2]))
+
+
+def _role(session: Any, name: str) -> Result:
     try:
         role = _client(session, "iam").get_role(RoleName=name)["Role"]
-    except Exception as error:  # as above
-        code = _code(error)
-        if code == "NoSuchEntity":
+    except Exception as error:  # boto3 makes the classes of its errors at run time
+        if _code(error) == "NoSuchEntity":
             return Result("problem", f"there is no role {name} in this account", "role=<one that aws iam list-roles names>")
-        if code in ("AccessDenied", "AccessDeniedException"):
+        if _code(error).startswith("AccessDenied"):
             return Result("warning", f"you may not look {name} up, so it is not checked", "allow iam:GetRole, or ask the account's owner")
-        return Result("problem", f"{name} cannot be looked up: {_without_secrets(error, session.get_credentials())}", "see AWS credentials")
+        raise
     policy = role["AssumeRolePolicyDocument"]
-    text = unquote(policy) if isinstance(policy, str) else json.dumps(policy)
-    if "sagemaker.amazonaws.com" not in text:
+    if "sagemaker.amazonaws.com" not in (unquote(policy) if isinstance(policy, str) else json.dumps(policy)):
         fix = "let sagemaker.amazonaws.com assume it: IAM, the role, Trust relationships"
         return Result("problem", f"{role['Arn']} does not let SageMaker take it", fix)
     return Result("ok", str(role["Arn"]))
 
 
-def _session() -> Any:
-    import boto3  # pyright: ignore[reportMissingImports]  # of the extra aws
-
-    return boto3.Session()
+def _asking(ask: Callable[[Any], Result]) -> Result:
+    """What a check finds with a session of boto3; whatever it raises is reported without a secret."""
+    try:
+        import boto3  # pyright: ignore[reportMissingImports]  # of the extra aws
+    except ImportError:
+        return Result("problem", "boto3 is not installed", "pip install 'gpt-trainer[aws]'")
+    session: Any = None
+    try:
+        session = boto3.Session()
+        return ask(session)
+    except Exception as error:  # a family of libraries, each with errors of its own
+        if code := _code(error):
+            return Result("problem", f"AWS refuses: {code}", f"log in again: {_LOG_IN}")
+        text = _without_secrets(error, session)
+        if type(error).__name__ == "ProfileNotFound":
+            return Result("problem", text, "unset AWS_PROFILE, or make the profile: aws configure sso --profile <name>")
+        return Result("problem", f"AWS cannot be asked: {text}", "see that AWS can be reached (proxy, VPC endpoint), and ~/.aws/config")
 
 
 def _client(session: Any, name: str) -> Any:
@@ -123,12 +125,13 @@ def _code(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
-def _without_secrets(error: Exception, credentials: Any) -> str:
+def _without_secrets(error: Exception, session: Any) -> str:
     """An error in a line, from which every part of the credentials is cut, should it be quoted there."""
-    if code := _code(error):
-        return code
     text = f"{type(error).__name__}: {one_line(error, 10_000)}"
     secrets = [os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")]
+    credentials = None
+    with contextlib.suppress(Exception):  # they may be what is wrong; then there is nothing to hide
+        credentials = session.get_credentials()
     secrets += [getattr(credentials, name, None) for name in ("access_key", "secret_key", "token")]
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")

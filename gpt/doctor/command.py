@@ -107,6 +107,6 @@ def as_table(rows: Sequence[Row]) -> Table:
         result = row.result
         found = Text(result.found)
         if result.fix:
-            found.append(f"\nfix: {result.fix}", style="bold")
+            found.append("".join(f"\nfix: {line}" for line in result.fix.splitlines()), style="bold")
         table.add_row(row.name, Text(result.state, style=_COLOURS[result.state]), found)
     return table

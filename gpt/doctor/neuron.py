@@ -6,6 +6,7 @@ what PyPI has under the name is a placeholder that only says where the package i
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import importlib.util
 import json
@@ -26,6 +27,7 @@ DEVICES = Path("/dev")  # where the driver puts neuron0, neuron1 ...
 DRIVER = Path("/sys/module/neuron/version")
 TOOLS = "/opt/aws/neuron/bin"  # not on everybody's PATH
 _PYTHONS = ((3, 12), (3, 14))
+ENVIRONMENTS = "/opt/aws_neuronx_venv_torch_neuronx_*"  # of AWS's machine image, one for each version
 _INDEX = "https://pip.repos.neuron.amazonaws.com"
 _XLA_ONLY = ("trn1", "inf")
 _XLA_REASON = "has only the XLA package, which AWS no longer supports for training"
@@ -39,23 +41,23 @@ def package(config: DoctorConfig) -> Result:
             return Result("ok", "n/a: not installed, and no Trainium here")
         return Result("problem", "torch-neuronx is not installed, and this is for Trainium", _install())
     if "WRONG PACKAGE" in str(importlib.metadata.metadata("torch-neuronx")):
-        return Result("problem", f"{version} is the placeholder of PyPI, not the package", f"pip uninstall -y torch-neuronx; {_install()}")
+        return Result("problem", f"{version} is the placeholder of PyPI, not the package", f"pip uninstall -y torch-neuronx\n{_install()}")
     if _minor(version) < OLDEST_NATIVE:
         text = f"{version} is the old XLA package, out of support for training"
-        return Result("problem", text, f"a fresh virtual environment, and there: {_install()}")
+        return Result("problem", text, f"python -m venv .venv && source .venv/bin/activate\n{_install()}")
     troubles: list[tuple[str, str]] = []
+    if not _PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1]:
+        low, high = (".".join(map(str, numbers)) for numbers in _PYTHONS)
+        python = ".".join(map(str, sys.version_info[:2]))
+        troubles.append((f"Python is {python}, not {low} to {high}", f"python{high} -m venv .venv, and install there"))
     torch = _torch_version() or "none"
     wanted = ".".join(map(str, _minor(version)))
     if _minor(torch) != _minor(version):
         troubles.append((f"torch is {torch}, not {wanted}", f"pip install 'torch=={wanted}.*', or {_install(torch)}"))
     if importlib.util.find_spec("torch_xla") is not None:
         troubles.append(("torch_xla is here too, and the two exclude each other", "pip uninstall -y torch-xla libneuronxla"))
-    if not _PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1]:
-        low, high = (".".join(map(str, numbers)) for numbers in _PYTHONS)
-        python = ".".join(map(str, sys.version_info[:2]))
-        troubles.append((f"Python is {python}, not {low} to {high}", f"python{high} -m venv .venv, and install there"))
     if troubles:
-        return Result("problem", "; ".join([f"native, {version}", *(t for t, _ in troubles)]), "; ".join(fix for _, fix in troubles))
+        return Result("problem", "; ".join([f"native, {version}", *(t for t, _ in troubles)]), "\n".join(fix for _, fix in troubles))
     return Result("ok", f"native, {version}, with torch {torch}")
 
 
@@ -117,7 +119,9 @@ def _expected(config: DoctorConfig) -> bool:
 
 
 def _install(torch: str | None = None) -> str:
-    """How to install the package, for the torch there is; `docs/trainium.md` says more."""
+    """How to come by the package: it is in AWS's machine image already, or is installed for the torch there is."""
+    if ready := sorted(glob.glob(ENVIRONMENTS)):
+        return f"source {ready[-1]}/bin/activate"
     minor = _minor(torch or _torch_version())
     version = max(minor, OLDEST_NATIVE)
     return f"pip install 'torch-neuronx=={version[0]}.{version[1]}.*' 'neuronx-cc==2.*' nki --extra-index-url {_INDEX}"

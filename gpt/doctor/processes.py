@@ -94,7 +94,8 @@ def _reason(output: str) -> str:
     compilers = [match[1] for line in lines if (match := re.search(r"\berror: (.+)", line))]
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
     said = (compilers[:1] or errors[-1:] or lines[-1:] or ["it ended without a word"])[0]
-    return one_line(re.sub(r"^[\w.]+: (?=\w+: )", "", said), 200)  # one error within another: the inner one
+    inner = re.sub(r"^[\w.]+: (?=\w+: )", "", said)  # one error within another
+    return one_line(re.sub(r"\[enforce fail at \S+\] ", "", inner), 200)
 
 
 def process_group(config: DoctorConfig) -> Result:

@@ -19,7 +19,7 @@ class Result:
     Attributes:
         state: ok: as it should be, or of no concern here; warning: training works, but slower or not for long; problem: something does not.
         found: what there is, in words.
-        fix: of a warning or a problem: the command or setting that mends it.
+        fix: of a warning or a problem: the command or setting that mends it; of several troubles, a line for each.
     """
 
     state: State

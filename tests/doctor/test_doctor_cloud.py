@@ -23,6 +23,9 @@ BOTO3 = """
             super().__init__(f"An error occurred ({code}), with {os.environ.get('AWS_SECRET_ACCESS_KEY')}")
             self.response = {"Error": {"Code": code}}
 
+    class ProfileNotFound(Exception):
+        pass
+
     def answer(service, value):
         wrong = os.environ.get(f"ASK_{service}")
         if wrong == "unreachable":
@@ -33,6 +36,9 @@ BOTO3 = """
 
     class Session:
         region_name = os.environ.get("AWS_DEFAULT_REGION")
+        def __init__(self):
+            if profile := os.environ.get("AWS_PROFILE"):
+                raise ProfileNotFound(f"The config profile ({profile}) could not be found")
         def get_credentials(self):
             secret = os.environ.get("AWS_SECRET_ACCESS_KEY")
             return secret and SimpleNamespace(method="env", access_key="AKIA", secret_key=secret, token="token-of-the-session")
@@ -56,7 +62,7 @@ def ask(tmp_path, monkeypatch):
     """A check in a process of its own that has the stand-in and these variables, and no others of AWS."""
     package(tmp_path, "boto3", BOTO3)
     (package(tmp_path, "botocore") / "botocore" / "config.py").write_text("def Config(**settings): return settings\n")
-    for name in ("AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+    for name in ("AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
     def ask(check, config=AWS, **variables):
@@ -112,7 +118,7 @@ def test_without_boto3_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "boto3", None)
     credentials, region = cloud.aws_credentials(AWS), cloud.aws_region(AWS)
     role = cloud.aws_role(DoctorConfig(aws=True, role="Training"))
-    assert [credentials.state, region.state, role.state] == ["problem", "warning", "warning"]
+    assert {credentials.found, region.found, role.found} == {"boto3 is not installed"}
     assert {credentials.fix, region.fix, role.fix} == {"pip install 'gpt-trainer[aws]'"}
 
 
@@ -129,10 +135,17 @@ def test_no_credentials(ask):
 
 def test_credentials_that_are_refused_are_not_shown(ask):
     result = ask(cloud.aws_credentials, AWS_SECRET_ACCESS_KEY=SECRET, ASK_sts="ExpiredToken")
-    assert (result.state, result.found) == ("problem", "AWS does not take them: ExpiredToken")
+    assert (result.state, result.found) == ("problem", "AWS refuses: ExpiredToken")
     result = ask(cloud.aws_credentials, AWS_SECRET_ACCESS_KEY=SECRET, ASK_sts="unreachable")
     assert (result.state, result.found) == ("problem", "AWS cannot be asked: OSError: no connection for *** and ***")
     assert "proxy" in result.fix
+
+
+def test_a_profile_that_is_not_there(ask):
+    for check in (cloud.aws_credentials, cloud.aws_region):
+        result = ask(check, AWS_PROFILE="nope")
+        assert (result.state, result.found) == ("problem", "ProfileNotFound: The config profile (nope) could not be found")
+        assert result.fix.startswith("unset AWS_PROFILE")
 
 
 def test_the_region(ask):
@@ -150,7 +163,7 @@ def test_the_role(ask):
     for variables, state, said in (
         ({"ASK_iam": "NoSuchEntity"}, "problem", "there is no role Training in this account"),
         ({"ASK_iam": "AccessDenied"}, "warning", "you may not look Training up"),
-        ({"ASK_iam": "Throttling"}, "problem", "Training cannot be looked up: Throttling"),
+        ({"ASK_iam": "Throttling"}, "problem", "AWS refuses: Throttling"),
         ({"ASK_iam": "unreachable", "AWS_SECRET_ACCESS_KEY": SECRET}, "problem", "no connection for *** and ***"),
         ({"TRUSTED": "ec2.amazonaws.com"}, "problem", f"{ARN} does not let SageMaker take it"),
     ):

@@ -32,6 +32,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neuron, "DEVICES", tmp_path / "dev")
     monkeypatch.setattr(neuron, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(neuron, "TOOLS", str(tmp_path / "opt"))
+    monkeypatch.setattr(neuron, "ENVIRONMENTS", str(tmp_path / "venv_*"))
     monkeypatch.setattr(environment, "_PRODUCT", tmp_path / "product")
     monkeypatch.setattr(sys, "version_info", (3, 12, 3, "final", 0))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -62,6 +63,9 @@ def test_a_package_that_is_missed(sign, tmp_path):
     assert (result.state, result.found) == ("problem", "torch-neuronx is not installed, and this is for Trainium")
     assert result.fix.startswith("pip install 'torch-neuronx==2.")
     assert neuron._INDEX in result.fix
+    for version in ("2_13", "2_14"):
+        (tmp_path / f"venv_{version}").mkdir()
+    assert neuron.package(NEURON).fix == f"source {tmp_path / 'venv_2_14'}/bin/activate"
 
 
 def test_the_native_package(tmp_path):
@@ -74,7 +78,7 @@ def test_the_placeholder_of_pypi(tmp_path):
     installed(tmp_path, "1.0", metadata="\nWRONG PACKAGE. Please install the package from Neuron Repository\n")
     result = neuron.package(DoctorConfig())
     assert (result.state, result.found) == ("problem", "1.0 is the placeholder of PyPI, not the package")
-    assert result.fix.startswith("pip uninstall -y torch-neuronx; pip install ")
+    assert result.fix.startswith("pip uninstall -y torch-neuronx\npip install ")
 
 
 def test_the_old_package(tmp_path):

@@ -90,6 +90,7 @@ def test_an_interface_that_is_not_there(monkeypatch):
     result = processes.process_group(DoctorConfig())
     assert result.state == "problem"
     assert "nosuch0" in result.found
+    assert "enforce fail" not in result.found
     assert result.fix.startswith("unset GLOO_SOCKET_IFNAME (it is nosuch0)")
 
 
