@@ -106,8 +106,10 @@ def _asking(ask: Callable[[Any], Result]) -> Result:
     except Exception as error:  # a family of libraries, each with errors of its own
         if code := _code(error):
             return Result("problem", f"AWS refuses: {code}", f"log in again: {_LOG_IN}")
-        text = _without_secrets(error, session)
-        if type(error).__name__ == "ProfileNotFound":
+        text, kind = _without_secrets(error, session), type(error).__name__
+        if "Credential" in kind or "Token" in kind:
+            return Result("problem", text, _LOG_IN)
+        if kind == "ProfileNotFound":
             return Result("problem", text, "unset AWS_PROFILE, or make the profile: aws configure sso --profile <name>")
         return Result("problem", f"AWS cannot be asked: {text}", "see that AWS can be reached (proxy, VPC endpoint), and ~/.aws/config")
 

@@ -83,10 +83,11 @@ def processor(config: DoctorConfig) -> Result:
     cores = usable_cores()
     set_threads(0, 1)
     threads = torch.get_num_threads()
-    rates = [f"{measured_peak_flops(getattr(torch, dtype)) / 1e12:.2g}" for dtype in ("bfloat16", "float32")]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # before the measurement, which is a load itself
+    rates = [f"{measured_peak_flops(dtype) / 1e9:.0f}" for dtype in (torch.bfloat16, torch.float32)]
     available, total = _memory()
     memory = f"{gib(available)} of {gib(total)} memory free" if available and total else "memory unknown"
-    speed = f"{rates[0]} TFLOP/s in bf16, {rates[1]} in fp32, on {threads} thread{'s' * (threads > 1)}"
+    speed = f"{rates[0]} GFLOP/s in bf16, {rates[1]} in fp32, on {threads} thread{'s' * (threads > 1)}"
     found = f"{_processor_name()}, {cores} cores, {memory}; {speed}"
     if threads > cores:
         return Result("warning", f"{found}, more than there are cores, which slows all of them", f"export OMP_NUM_THREADS={cores}")
@@ -95,6 +96,10 @@ def processor(config: DoctorConfig) -> Result:
             "warning",
             f"{found}, since OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}",
             "unset OMP_NUM_THREADS (or set device.threads)",
+        )
+    if load > cores:
+        return Result(
+            "warning", f"{found}; others compute here too (load {load:.1f})", "end them, or give runs fewer threads: device.threads=<n>"
         )
     if available and available < _LEAST_MEMORY:
         return Result("warning", f"{found}; little memory", "end what else runs here, or take a smaller train.micro_batch and model")

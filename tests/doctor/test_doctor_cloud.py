@@ -26,8 +26,13 @@ BOTO3 = """
     class ProfileNotFound(Exception):
         pass
 
+    class NoCredentialsError(Exception):
+        pass
+
     def answer(service, value):
         wrong = os.environ.get(f"ASK_{service}")
+        if wrong == "unknown":
+            raise NoCredentialsError("Unable to locate credentials")
         if wrong == "unreachable":
             raise OSError(f"no connection for {os.environ['AWS_SECRET_ACCESS_KEY']} and token-of-the-session")
         if wrong:
@@ -163,6 +168,7 @@ def test_the_role(ask):
     for variables, state, said in (
         ({"ASK_iam": "NoSuchEntity"}, "problem", "there is no role Training in this account"),
         ({"ASK_iam": "AccessDenied"}, "warning", "you may not look Training up"),
+        ({"ASK_iam": "unknown"}, "problem", "NoCredentialsError: Unable to locate credentials"),
         ({"ASK_iam": "Throttling"}, "problem", "AWS refuses: Throttling"),
         ({"ASK_iam": "unreachable", "AWS_SECRET_ACCESS_KEY": SECRET}, "problem", "no connection for *** and ***"),
         ({"TRUSTED": "ec2.amazonaws.com"}, "problem", f"{ARN} does not let SageMaker take it"),

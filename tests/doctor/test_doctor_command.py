@@ -145,6 +145,12 @@ def test_a_torch_that_does_not_import_stops_nothing_else(tmp_path: Path):
     assert not any("Traceback" in check["found"] or "the check failed" in check["found"] for check in checks.values())
 
 
+def test_the_page_on_it_names_every_check():
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| \*\*(.+?)\*\*", page, re.MULTILINE)
+    assert explained == [check.name for check in (*command.CHECKS, *command.AWS_CHECKS)]
+
+
 # The command line
 
 
