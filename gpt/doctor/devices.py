@@ -98,9 +98,8 @@ def processor(config: DoctorConfig) -> Result:
             "unset OMP_NUM_THREADS (or set device.threads)",
         )
     if load > cores:
-        return Result(
-            "warning", f"{found}; others compute here too (load {load:.1f})", "end them, or give runs fewer threads: device.threads=<n>"
-        )
+        found += f"; others compute here too (load {load:.1f})"
+        return Result("warning", found, "end them, or give runs fewer threads: device.threads=<n>")
     if available and available < _LEAST_MEMORY:
         return Result("warning", f"{found}; little memory", "end what else runs here, or take a smaller train.micro_batch and model")
     return Result("ok", found)

@@ -121,7 +121,7 @@ def _expected(config: DoctorConfig) -> bool:
 def _install(torch: str | None = None) -> str:
     """How to come by the package: it is in AWS's machine image already, or is installed for the torch there is."""
     if ready := sorted(glob.glob(ENVIRONMENTS)):
-        return f"source {ready[-1]}/bin/activate"
+        return f"source {Path(ready[-1], 'bin/activate')}"
     minor = _minor(torch or _torch_version())
     version = max(minor, OLDEST_NATIVE)
     return f"pip install 'torch-neuronx=={version[0]}.{version[1]}.*' 'neuronx-cc==2.*' nki --extra-index-url {_INDEX}"
