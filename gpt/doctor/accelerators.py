@@ -5,6 +5,7 @@ Through `torch.accelerator`, the same for every kind. Has run on machines withou
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,14 @@ class _Found:
 
 def accelerators(config: DoctorConfig) -> Result:
     """Each accelerator's name, memory and measured bf16 rate; whether the one that is asked for is there."""
+    if config.device in ON_CPU:
+        return Result("ok", f"n/a: device={config.device} needs none")
     import torch
 
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return _none(config)
-    if config.device not in ("auto", *ON_CPU, found.type):
+    if config.device not in ("auto", found.type):
         return Result("problem", f"device={config.device} is not here; torch finds {found.type}", "device=auto takes what there is")
     number = torch.accelerator.device_count()
     devices = [_measured(found.type, index) for index in range(1 if found.type in _ONE_PER_PROCESS else number)]
@@ -69,14 +72,14 @@ def _none(config: DoctorConfig) -> Result:
             torch.empty(1, device=built)
         except Exception as error:  # that it fails is known, the words are what is wanted
             reason = one_line(error, 160)
-    if config.device not in ("auto", *ON_CPU):
+    if config.device != "auto":
         what, fix = f"device={config.device} is not here", "device=auto takes what there is"
         if config.device == "neuron":
             fix = f"see torch-neuronx and Neuron cores; {fix}"
         elif built is None:
             reason = "this torch was built without it"
             fix = f"{cuda_build()}; or {fix}" if config.device == "cuda" else fix
-    elif seen and built is not None and config.device == "auto":
+    elif seen and built is not None:
         what = f"{seen[0]} is there, but torch cannot use it"
         fix = "update its driver (nvidia-smi shows the version), or take a torch built for it"
     else:
@@ -87,7 +90,7 @@ def _none(config: DoctorConfig) -> Result:
 def _measured(kind: str, index: int) -> _Found:
     import torch
 
-    with torch.accelerator.device_index(index):
+    with contextlib.nullcontext() if kind in _ONE_PER_PROCESS else torch.accelerator.device_index(index):
         module: Any = torch.get_device_module(kind)
         name = module.get_device_name(index) if hasattr(module, "get_device_name") else kind
         try:
@@ -120,7 +123,7 @@ def flash_attention(config: DoctorConfig) -> Result:
     import torch
 
     cuda = torch.backends.cuda
-    found = torch.accelerator.current_accelerator(check_available=True)
+    found = None if config.device in ON_CPU else torch.accelerator.current_accelerator(check_available=True)
     if found is None or not cuda.is_built():
         return Result("ok", "n/a: no CUDA device; other devices have kernels of their own")
     if not cuda.is_flash_attention_available():

@@ -189,6 +189,12 @@ def test_an_accelerator_that_computes_nonsense(two_devices, monkeypatch):
         accelerators.accelerators(DoctorConfig())
 
 
+def test_an_accelerator_that_is_not_used_is_not_touched(two_devices, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", None)
+    assert accelerators.accelerators(DoctorConfig(device="cpu")).found == "n/a: device=cpu needs none"
+    assert accelerators.flash_attention(DoctorConfig(device="cpu")).found.startswith("n/a")
+
+
 def test_another_accelerator_than_the_one_asked_for(two_devices):
     result = accelerators.accelerators(DoctorConfig(device="mps"))
     assert (result.state, result.found, result.fix) == (
