@@ -1,7 +1,7 @@
 """The `gpt` command: find the command, compose its config, hand over.
 
-Nothing here imports torch, so help and config errors come at once. Exit codes: 0 done, 1 our fault, 2 the user's input,
-130/143 interrupted.
+Nothing here imports torch, so help and config errors come at once. Exit codes: 0 done, 1 our fault (or that `gpt doctor`
+found a problem), 2 the user's input, 130/143 interrupted.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _RUNS = {
     "inspect tokens": "gpt.inspection.command:inspect_tokens",
     "runs": "gpt.runs.command:runs",
     "runs compare": "gpt.runs.command:compare",
+    "doctor": "gpt.doctor.command:doctor",
 }
 FLAGS = ("--help", "--cfg", "--config-dir", "--multirun", "-m", "--version")
 
@@ -82,7 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
         of, _, word = longer.partition(" ")
         if of == command and word and rest and nearest(rest[0], [word]):
             raise UserError(f"{command} {rest[0]}: no such command. Did you mean gpt {longer}?")
-    rest, config_dir, show, multirun = _options(rest)
+    rest, config_dir, show, multirun = _options(rest, COMMANDS[command].flags)
     if config_dir and not COMMANDS[command].root:
         raise UserError(f"--config-dir {config_dir}: gpt {command} has no config groups")
     if wants_help:
@@ -97,8 +98,8 @@ def _dispatch(arguments: list[str]) -> int:
     return _run_command(command, rest, config_dir, show)
 
 
-def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool, bool]:
-    """Split off --config-dir DIR, --cfg and -m; what remains is key=value."""
+def _options(arguments: list[str], own: Sequence[str]) -> tuple[list[str], Path | None, bool, bool]:
+    """Split off --config-dir DIR, --cfg and -m; what remains is key=value, as the command's own flags become."""
     rest: list[str] = []
     config_dir, show, multirun = None, False, False
     iterator = iter(arguments)
@@ -112,11 +113,13 @@ def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool, bool]:
             if not value:
                 raise UserError("--config-dir: which folder?")
             config_dir = Path(value)
+        elif argument.startswith("--") and argument[2:] in own:
+            rest.append(f"{argument[2:]}=true")
         elif argument.startswith("-"):
             from gpt.typed import nearest_and_all
 
             plain = f". Settings are written without dashes: {argument.lstrip('-')}" if "=" in argument else ""
-            raise UserError(f"{argument}: no such flag{plain or nearest_and_all(argument, FLAGS)}")
+            raise UserError(f"{argument}: no such flag{plain or nearest_and_all(argument, (*FLAGS, *(f'--{key}' for key in own)))}")
         else:
             rest.append(argument)
     return rest, config_dir, show, multirun

@@ -315,6 +315,29 @@ class RunsCompareConfig:
                 raise UserError(f"{key}: which {'folder of runs' if key == 'dir' else 'file'}?")
 
 
+@dataclass
+class DoctorConfig:
+    """One call of `gpt doctor`."""
+
+    device: DeviceName = "auto"
+    """The device that this machine is meant for; that it is not here is a problem. auto: whatever torch finds."""
+    run_dir: str = "runs"
+    """The folder whose room and speed are measured; that of the runs, which is `run.dir` there."""
+    aws: bool = False
+    """Check credentials, region and role too; asks AWS who you are."""
+    role: str = ""
+    """aws: the role that SageMaker jobs would run as, its name or ARN."""
+    json: bool = False
+    """Print one JSON object instead of the table; `--json` is the same."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        if not self.run_dir:
+            raise UserError("run_dir: which folder?")
+        if self.role and not self.aws:
+            raise UserError(f"role={self.role} is AWS's, which is not asked; add aws=true, or leave it out")
+
+
 @dataclass(frozen=True)
 class Command:
     """One command.
@@ -325,6 +348,8 @@ class Command:
         root: the file in `configs/` that lists its groups; empty: it has none.
         words: the key, of a list, that takes the arguments written as words, without `key=`; empty: there are none.
         trains: whether it starts a training run, which can be continued, and be one of a sweep.
+        flags: keys, true or false, that may be written as --key too.
+        exit_codes: what they mean, where 0 and 1 are not just done and our fault.
     """
 
     what: str
@@ -332,6 +357,8 @@ class Command:
     root: str = ""
     words: str = ""
     trains: bool = False
+    flags: tuple[str, ...] = ()
+    exit_codes: str = ""
 
 
 COMMANDS = {
@@ -350,5 +377,11 @@ COMMANDS = {
     "runs": Command("list the runs of a folder: state, step, best validation loss, time, size", RunsConfig),
     "runs compare": Command(
         "draw the curves of several runs into one page, and what their configs differ in", RunsCompareConfig, words="runs"
+    ),
+    "doctor": Command(
+        "say what this machine can do, what is wrong with it, and the fix",
+        DoctorConfig,
+        flags=("json",),
+        exit_codes="0: no problem, though there may be warnings; 1: at least one problem",
     ),
 }

@@ -79,6 +79,12 @@ EXAMPLES = {
         ("gpt runs compare kmqz abcd elsewhere/my-run output=three.html", "by the ends of their ids; by a path"),
         ("gpt runs compare runs=[kmqz,abcd]", "the same as a setting"),
     ],
+    "doctor": [
+        ("gpt doctor", "every check, in some 15 seconds; most of it is torch.compile"),
+        ("gpt doctor device=neuron run_dir=~/runs", "for a machine that is meant for Trainium, with the runs elsewhere"),
+        ("gpt doctor aws=true role=<name>", "AWS's credentials, region and role too"),
+        ("gpt doctor --json", "one JSON object, for scripts"),
+    ],
 }
 
 
@@ -100,9 +106,11 @@ def command(name: str, config_dir: Path | None = None) -> str:
     lines = [
         f"gpt {name}: {COMMANDS[name].what}",
         "",
-        f"usage: gpt {name} {f'<{words}> ... ' if words else ''}[key=value ...]",
+        f"usage: gpt {name} {f'<{words}> ... ' if words else ''}{''.join(f'[--{key}] ' for key in COMMANDS[name].flags)}[key=value ...]",
     ]
-    lines += ["A text is taken word for word as the shell gives it; a list is written [a.txt, 'b c.txt'].", "", "examples:"]
+    lines += ["A text is taken word for word as the shell gives it; a list is written [a.txt, 'b c.txt'].", ""]
+    lines += [f"exit code: {COMMANDS[name].exit_codes}", ""] if COMMANDS[name].exit_codes else []
+    lines += ["examples:"]
     lines += [f"  {example}   # {why}" for example, why in EXAMPLES[name]]
     fields, defaults = typing.get_type_hints(schema), _composed_defaults(COMMANDS[name].root)
     used = {

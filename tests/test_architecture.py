@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "gpt.cli": {
         "gpt", "gpt.errors", "gpt.typed", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help",
         "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.data.command",
-        "gpt.inspection.command", "gpt.runs.command", "gpt.sweep", "gpt.runtime.environment",
+        "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command", "gpt.sweep", "gpt.runtime.environment",
     },
     "gpt.sweep": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
     "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config"},
@@ -56,13 +56,14 @@ MAY_IMPORT = {
         "gpt.commands", "gpt.config", "gpt.errors", "gpt.typed",
         "gpt.training.charts", "gpt.training.metrics", "gpt.training.page", "gpt.training.run_record",
     },
+    "gpt.doctor": {"gpt", "gpt.commands", "gpt.config", "gpt.runtime"},
     "gpt.data": {"gpt.errors", "gpt.typed"},
     "gpt.model": set(),
 }  # fmt: skip
 # At the top of a file, `cli -> compose/config/help` only: what is heavy is imported when its command runs.
 ONLY_IN_FUNCTIONS = {
     "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.training.checkpoint",
-    "gpt.data.command", "gpt.inspection.command", "gpt.runs.command",
+    "gpt.data.command", "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command",
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "safetensors"}
 MODEL_LIBRARIES_IN_FUNCTIONS = {"huggingface_hub", "transformers"}
@@ -78,6 +79,7 @@ LIGHT = (
     "gpt.data.config",
     "gpt.model.config",
     "gpt.runs.command",
+    "gpt.doctor.command",
     "gpt.training.report",
 )
 HEAVY = {"torch", "numpy", "transformers", "tokenizers", "tiktoken", "datasets", "matplotlib", "rich", "hydra", "omegaconf", "boto3"}
@@ -283,7 +285,8 @@ def test_nothing_else_names_a_device(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_path_of_one_machine(module):
-    system = ("/proc", "/sys", "/dev", "/opt/ml", "/exit", "/reset")  # the same on every machine of its kind, or what one says in a chat
+    # The same on every machine of its kind, or what one says in a chat.
+    system = ("/proc", "/sys", "/dev", "/opt/ml", "/opt/aws", "/exit", "/reset")
     found = [s.value for s in strings(MODULES[module]) if re.match(r"/[A-Za-z]\w*(/|$)", s.value) and not s.value.startswith(system)]
     assert not found, found
 

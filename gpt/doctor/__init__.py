@@ -1,0 +1,1 @@
+"""`gpt doctor`: what this machine can do, what is wrong with it, and the fix."""
