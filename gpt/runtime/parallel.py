@@ -156,12 +156,14 @@ def unwrapped(objective: nn.Module) -> nn.Module:
 
 
 def accumulating(module: nn.Module, world: World, last: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of a micro-batch: only the last one's backward sends gradients."""
+    """Around forward and backward of a micro-batch: only the last one's backward sends gradients to the copies of a parameter.
+
+    FSDP divides them in every pass, for else each process would keep whole ones until the last.
+    """
     if isinstance(module, DistributedDataParallel):
         return contextlib.nullcontext() if last else module.no_sync()
     if world.size > 1:
-        cast("FSDPModule", module).set_requires_gradient_sync(last)
-        cast("FSDPModule", module).set_is_last_backward(last)
+        cast("FSDPModule", module).set_requires_all_reduce(last)
     return contextlib.nullcontext()
 
 
