@@ -161,15 +161,14 @@ def tables() -> None:
                 "peak: none",
                 "selective",
                 "full",
-                "full, lean",
                 "fits, with checkpointing",
             )
         )
-        print(row("---", *["---:"] * 8, "---"))
+        print(row("---", *["---:"] * 7, "---"))
         for machine in (H100, TRAINIUM2):
             for layout, case in layouts(c, machine, sequences, micro_batch).items():
                 kinds = {kind: replace(case, checkpointing=kind) for kind in ("none", "selective", "full")}
-                most = {kind: peak(it) for kind, it in kinds.items()} | {"lean": lean_peak(kinds["full"])}
+                most = {kind: peak(it) for kind, it in kinds.items()}
                 rooms = {"": machine.memory} | ({"on H200 ": H200.memory} if machine is H100 else {})
                 fits = {where: next((kind for kind in kinds if most[kind] < ROOM * size), "no") for where, size in rooms.items()}
                 sizes = sum(states(case).values()), accumulated(case), cast_weights(case), *most.values()

@@ -253,6 +253,13 @@ def kept_products(case: Case) -> int:
     return e * M * (w.a + 2 * w.kv + residual * w.d + (2 if c.activation == "swiglu" else 1) * w.f) + attention
 
 
+def kept_of_block(case: Case) -> int:
+    """Bytes that a block keeps till backward: with checkpointing its input, and what is not computed again."""
+    if not case.computed_again:
+        return block_activations(case)
+    return FLOAT * case.tokens * case.model.d_model + (kept_products(case) if case.checkpointing == "selective" else 0)
+
+
 def activations(case: Case) -> int:
     """Bytes that the blocks, the embeddings and the final norm keep for backward; with checkpointing, and one block computed again."""
     c, M, e = case.model, case.tokens, case.width
@@ -262,8 +269,7 @@ def activations(case: Case) -> int:
         ends += e * M * case.length  # the mask
         ends += 2 * FLOAT * M * c.rotary_dim if c.positions == "rotary" and e == FLOAT else 0
     block, again = block_activations(case), case.computed_again
-    kept = FLOAT * M * c.d_model + (kept_products(case) if case.checkpointing == "selective" else 0)
-    return ends + (c.n_layer - again) * block + again * kept + (block if again else 0)
+    return ends + (c.n_layer - again) * block + (again * kept_of_block(case) + block if again else 0)
 
 
 def loss_bytes(case: Case) -> int:
@@ -289,7 +295,7 @@ def accumulated(case: Case) -> float:
 
 
 def cast_weights(case: Case) -> float:
-    """Bytes of autocast's copies of the blocks' matrices: backward needs them, or they are kept until forward ends. FSDP gathers them so."""
+    """Bytes of autocast's copies of the blocks' matrices, which backward needs, or forward to its end. FSDP gathers them in bf16."""
     return case.width * case.elements(matrices=True) if case.width == 2 and not case.is_divided else 0
 
 
@@ -309,12 +315,16 @@ def passes(case: Case) -> dict[str, float]:
     forward["gathered"] = root + case.width * block  # FSDP2 keeps what the last block was gathered in until it gathers again
     # Backward begins: dW and dW scaled; of FSDP this block, the next one and the gradient.
     dw = case.width * M * c.d_model + 2 * FLOAT * head
-    gathered = root + 3 * case.width * block
-    backward = {"casts": casts_after, "activations": activations(case), "loss": dw, "gathered": gathered}
-    # And ends: all gradients, the embedding's and the head's before they are added up.
-    all_of_them = max(gradients, FLOAT * case.elements())
-    end = {"gradients": all_of_them, "activations": block_activations(case), "loss": 2 * FLOAT * head, "gathered": gathered}
-    moments = ({"gradients": gradients, **forward}, {"gradients": gradients, **backward}, end)
+    kept = activations(case)
+    first = {"casts": casts_after, "activations": kept, "loss": dw, "gathered": root + 3 * case.width * block}
+    # It goes on: what the block before sends is there still, in fp32; or this block's too, with what comes of it.
+    sending = max(3 * case.width + FLOAT, case.width + 2 * FLOAT + FLOAT / max(1, case.shards)) * block
+    of_a_block = kept_of_block(case) if c.n_layer > 1 else 0
+    second = {"casts": casts_after, "activations": kept - of_a_block, "loss": dw - FLOAT * head, "gathered": root + sending}
+    # And ends: all gradients, the embedding's and the head's before they are added up; what FSDP is sending is not divided yet.
+    all_of_them = max(gradients, FLOAT * (case.elements() - (case.elements(root=False) // c.n_layer if case.is_divided else 0)))
+    end = {"gradients": all_of_them, "activations": block_activations(case), "loss": 2 * FLOAT * head, "gathered": root + sending}
+    moments = (*({"gradients": gradients, **moment} for moment in (forward, first, second)), end)
     return max(moments, key=lambda parts: sum(parts.values()))
 
 

@@ -132,7 +132,7 @@ def spread(objective: NextTokenLoss, world: World) -> nn.Module:
         return wrapped
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # A block's matrices are gathered in the dtype that they are multiplied in. Its norms, which compute in fp32, stay whole: they are small.
+    # A block's matrices are gathered in the dtype that they are multiplied in. Its norms, small and of fp32, stay whole.
     dtype = None if objective.loss.dtype == torch.float32 else objective.loss.dtype
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     norms = {p for name, p in objective.model.blocks.named_parameters() if "norm." in name}
