@@ -16,15 +16,9 @@ from pathlib import Path
 from gpt.compose import compose_run
 from gpt.model.config import GPTConfig
 from gpt.model.loss import chunk_size
-from gpt.runtime.memory import FLOAT, ROOM, Case, accumulated, cast_weights, parameters, passes, peak, states, update
+from gpt.runtime.memory import FLOAT, ROOM, Case, accumulated, cast_weights, parameters, peak, states
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def lean_peak(case: Case) -> float:
-    """As `peak`, if gradients were sent and divided in every pass and no cast of a weight were kept."""
-    lean = replace(case, passes=1)
-    return sum(states(case).values()) + max(sum(passes(lean, casts_stay=False).values()), sum(update(lean).values()))
 
 
 def snapshot(case: Case) -> float:
@@ -45,12 +39,17 @@ def traffic(case: Case, all_to_all: bool = True) -> dict[str, float]:
         all_to_all: whether the backend has it; gloo has not, and DTensor gathers instead.
     """
     S, R, t, L = max(1, case.shards), case.replicas, case.tensor, case.model.n_layer
-    blocks, root = (case.elements(whole=True, blocks=b, root=not b) * FLOAT for b in (True, False))
+    blocks, root = case.gathered(blocks=True), case.gathered(blocks=False)
+    norms = sum(p.local(t) for p in parameters(case.model) if p.is_norm)
     result = {"parameters": 0.0, "gradients": 0.0, "activations": 0.0, "muon": 0.0}
-    result["parameters"] = case.passes * ring(S, 2 * blocks + root)
-    result["gradients"] = ring(S, blocks + root) + 2 * ring(R, (blocks + root) / S)
+    result["parameters"] = case.passes * ring(S, 2 * case.width * blocks + FLOAT * root)
+    if case.is_divided:
+        result["gradients"] = case.passes * ring(S, FLOAT * (blocks + root)) + 2 * ring(R, FLOAT * (blocks + root) / S)
+        result["gradients"] += 2 * ring(S * R, FLOAT * norms)
+    else:
+        result["gradients"] = 2 * ring(R, FLOAT * case.elements())
     if case.model.qk_norm:  # each rank's heads have a part of the gradients of the norms that they share
-        result["gradients"] += 2 * ring(t, FLOAT * 2 * L * -(-case.model.head_dim // S))
+        result["gradients"] += 2 * ring(t, FLOAT * 2 * L * case.model.head_dim)
     inputs = 5 if case.model.activation == "swiglu" else 4  # products whose input's gradient is summed, each by itself and in fp32
     products = case.micro_batch * case.length * case.model.d_model * (2 * case.width + inputs * FLOAT)
     result["activations"] = case.passes * L * 2 * ring(t, products)
@@ -162,15 +161,14 @@ def tables() -> None:
                 "peak: none",
                 "selective",
                 "full",
-                "full, lean",
                 "fits, with checkpointing",
             )
         )
-        print(row("---", *["---:"] * 8, "---"))
+        print(row("---", *["---:"] * 7, "---"))
         for machine in (H100, TRAINIUM2):
             for layout, case in layouts(c, machine, sequences, micro_batch).items():
                 kinds = {kind: replace(case, checkpointing=kind) for kind in ("none", "selective", "full")}
-                most = {kind: peak(it) for kind, it in kinds.items()} | {"lean": lean_peak(kinds["full"])}
+                most = {kind: peak(it) for kind, it in kinds.items()}
                 rooms = {"": machine.memory} | ({"on H200 ": H200.memory} if machine is H100 else {})
                 fits = {where: next((kind for kind in kinds if most[kind] < ROOM * size), "no") for where, size in rooms.items()}
                 sizes = sum(states(case).values()), accumulated(case), cast_weights(case), *most.values()

@@ -226,7 +226,7 @@ def expected(case: Case) -> dict[str, float]:
     casts = cast_weights(case) * (1 - case.computed_again / case.model.n_layer)
     kept = activations(case) + casts - (block_activations(case) if case.computed_again else 0)
     return {
-        **lasting, "gradients": FLOAT * case.elements(), "gradients between passes": FLOAT * case.elements(whole=case.is_divided),
+        **lasting, "gradients": FLOAT * case.elements(), "gradients between passes": FLOAT * case.elements(),
         "kept for backward": kept + loss_bytes(case),
         "peak of the passes": sum(lasting.values()) + sum(passes(case).values()),
         "peak of the update": sum(lasting.values()) + sum(update(case).values()),
@@ -317,8 +317,13 @@ CHECKED = {
     },
     2: {
         "GPT-2, ddp": small("GPT-2", replicas=2), "GPT-2, fsdp": small("GPT-2", shards=2), "Llama, fsdp": small("Llama", shards=2),
-        "GPT-2, fsdp, 1 pass": small("GPT-2", shards=2, passes=1), "Llama, ddp, tensor 2": small("Llama", tensor=2),
+        "GPT-2, fsdp, 1 pass": small("GPT-2", shards=2, passes=1),
+        "GPT-2, fsdp, fp32": small("GPT-2", shards=2, width=4), "Llama, ddp, tensor 2": small("Llama", tensor=2),
         "Qwen3, ddp, tensor 2": small("Qwen3", tensor=2),
+        **{
+            f"GPT-2 of 64 ids, fsdp, {name}": small("GPT-2", model=replace(SMALL["GPT-2"], vocab_size=64), shards=2, length=16, **changes)
+            for name, changes in {"bf16": {}, "full": {"checkpointing": "full"}, "fp32": {"width": 4}}.items()
+        },
     },
     4: {
         "Llama, fsdp 4": small("Llama", shards=4), "GPT-2, hybrid 2 x 2": small("GPT-2", shards=2, replicas=2),

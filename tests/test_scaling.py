@@ -8,7 +8,7 @@ import torch
 
 from gpt import GPT, GPTConfig
 from gpt.runtime.memory import Case, parameters, peak, states
-from scripts.scaling import gpt2_xl, lean_peak, llama_8b, tables
+from scripts.scaling import gpt2_xl, llama_8b, tables
 from scripts.scaling_check import EXACT, SMALL, expected, measure, not_said, small
 
 QWEN2 = GPTConfig(
@@ -75,8 +75,8 @@ def test_two_processes_keep_and_send_what_the_formulas_say():
 def test_more_shards_need_less():
     whole = Case(llama_8b(8192), replicas=8, length=8192, checkpointing="full")
     sharded = replace(whole, shards=8, replicas=1)
-    assert sum(states(sharded).values()) * 8 == pytest.approx(sum(states(whole).values()), rel=1e-4)
-    assert lean_peak(sharded) < peak(sharded) < peak(whole)
+    assert sum(states(sharded).values()) * 8 == pytest.approx(sum(states(whole).values()), rel=1e-3)
+    assert peak(sharded) < peak(whole)
 
 
 def test_the_document_holds_the_tables(capsys):

@@ -31,12 +31,14 @@ class Parameter:
         count: how many of them.
         split: the dimension that tensor parallelism divides, or None.
         in_block: whether they are a block's; the others are what FSDP's root holds.
+        is_norm: whether they are a norm's within a block, which FSDP leaves whole.
     """
 
     shape: tuple[int, ...]
     count: int
     split: int | None = None
     in_block: bool = True
+    is_norm: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -45,6 +47,7 @@ class Parameter:
 
     def local(self, tensor: int = 1, shards: int = 1) -> int:
         """Elements of all of them on rank 0: FSDP2 divides rows, and fills the last ranks' up to the first's."""
+        shards = 1 if self.is_norm else shards
         shape = list(self.shape)
         if self.split is not None:
             shape[self.split] = -(-shape[self.split] // tensor)
@@ -58,8 +61,8 @@ def parameters(c: GPTConfig) -> list[Parameter]:
     biased_norm = c.norm == "layernorm" and c.bias
     found = [Parameter((c.vocab_size, d), 1 if c.tie_embeddings else 2, None, False)]
     found += [Parameter((c.context_length, d), 1, None, False)] if c.positions == "learned" else []
-    found += [Parameter((d,), 1 + biased_norm, None, False), Parameter((d,), 2 * L * (1 + biased_norm))]
-    found += [Parameter((c.head_dim,), 2 * L)] if c.qk_norm else []
+    found += [Parameter((d,), 1 + biased_norm, None, False), Parameter((d,), 2 * L * (1 + biased_norm), is_norm=True)]
+    found += [Parameter((c.head_dim,), 2 * L, is_norm=True)] if c.qk_norm else []
     ups = 2 if c.activation == "swiglu" else 1
     qkv = c.bias or c.qkv_bias
     for outputs, inputs, count, split, biased in (
@@ -133,11 +136,15 @@ class Case:
         """Blocks of which backward computes activations a second time."""
         return {"none": 0, "every_n": -(-self.model.n_layer // self.every)}.get(self.checkpointing, self.model.n_layer)
 
-    def elements(self, whole: bool = False, blocks: bool = True, root: bool = True, matrices: bool | None = None) -> int:
-        """Parameters on rank 0; `whole`: as FSDP gathers them. `matrices`: the blocks' alone, or all but those."""
-        shards = max(1, self.shards)
+    def elements(self, blocks: bool = True, root: bool = True, matrices: bool | None = None) -> int:
+        """Parameters on rank 0; of them only the blocks' or the others; `matrices`: the blocks' alone, or all but those."""
         chosen = [p for p in parameters(self.model) if (blocks if p.in_block else root) and matrices in (None, p.is_matrix)]
-        return sum(p.local(self.tensor, shards) * (shards if whole else 1) for p in chosen)
+        return sum(p.local(self.tensor, max(1, self.shards)) for p in chosen)
+
+    def gathered(self, blocks: bool) -> int:
+        """Elements of the blocks, or of the others, as FSDP gathers them."""
+        shards = max(1, self.shards)
+        return sum(p.local(self.tensor, shards) * shards for p in parameters(self.model) if p.in_block is blocks and not p.is_norm)
 
 
 # Activations
@@ -246,6 +253,13 @@ def kept_products(case: Case) -> int:
     return e * M * (w.a + 2 * w.kv + residual * w.d + (2 if c.activation == "swiglu" else 1) * w.f) + attention
 
 
+def kept_of_block(case: Case) -> int:
+    """Bytes that a block keeps till backward: with checkpointing its input, and what is not computed again."""
+    if not case.computed_again:
+        return block_activations(case)
+    return FLOAT * case.tokens * case.model.d_model + (kept_products(case) if case.checkpointing == "selective" else 0)
+
+
 def activations(case: Case) -> int:
     """Bytes that the blocks, the embeddings and the final norm keep for backward; with checkpointing, and one block computed again."""
     c, M, e = case.model, case.tokens, case.width
@@ -255,8 +269,7 @@ def activations(case: Case) -> int:
         ends += e * M * case.length  # the mask
         ends += 2 * FLOAT * M * c.rotary_dim if c.positions == "rotary" and e == FLOAT else 0
     block, again = block_activations(case), case.computed_again
-    kept = FLOAT * M * c.d_model + (kept_products(case) if case.checkpointing == "selective" else 0)
-    return ends + (c.n_layer - again) * block + again * kept + (block if again else 0)
+    return ends + (c.n_layer - again) * block + (again * kept_of_block(case) + block if again else 0)
 
 
 def loss_bytes(case: Case) -> int:
@@ -276,44 +289,42 @@ def states(case: Case) -> dict[str, float]:
 
 
 def accumulated(case: Case) -> float:
-    """Bytes of gradients on rank 0 while passes add them up: FSDP's whole ones; DDP's own, besides its buckets, which always are."""
+    """Bytes of gradients on rank 0 while passes add them up: divided under FSDP; DDP's own, besides its buckets, which always are."""
     buckets = 0 if case.is_divided or case.replicas == 1 else FLOAT * case.elements()
-    return buckets + (FLOAT * case.elements(whole=case.is_divided) if case.passes > 1 else 0)
+    return buckets + (FLOAT * case.elements() if case.passes > 1 else 0)
 
 
 def cast_weights(case: Case) -> float:
-    """Bytes of the blocks' matrices in bf16, whole also under FSDP: backward needs them, or autocast keeps them until forward ends."""
-    return case.width * case.elements(whole=True, matrices=True) if case.width == 2 else 0
+    """Bytes of autocast's copies of the blocks' matrices, which backward needs, or forward to its end. FSDP gathers them in bf16."""
+    return case.width * case.elements(matrices=True) if case.width == 2 and not case.is_divided else 0
 
 
-def passes(case: Case, casts_stay: bool = True) -> dict[str, float]:
-    """Bytes on rank 0 besides the states at the fullest moment of the passes, by what they are for.
-
-    Args:
-        case: what trains.
-        casts_stay: whether casts of weights are kept, as they are; False is how it could be.
-    """
+def passes(case: Case) -> dict[str, float]:
+    """Bytes on rank 0 besides the states at the fullest moment of the passes, by what they are for."""
     c, M = case.model, case.tokens
     head = c.vocab_size * c.d_model
     again = block_activations(case) if case.computed_again else 0
-    root = FLOAT * case.elements(whole=True, blocks=False) if case.is_divided else 0
-    block = FLOAT * case.elements(whole=True, root=False) / c.n_layer
-    gradients, casts = accumulated(case), cast_weights(case) if casts_stay else 0
-    one_cast = casts / c.n_layer
-    casts_after = one_cast * (c.n_layer - case.computed_again + (1 if again else 0))
+    root = FLOAT * case.gathered(blocks=False) if case.is_divided else 0
+    block = case.gathered(blocks=True) / c.n_layer if case.is_divided else 0
+    gradients, casts = accumulated(case), cast_weights(case)
+    casts_after = casts / c.n_layer * (c.n_layer - case.computed_again + (1 if again else 0))
     # The loss: dW, the head in bf16, a chunk's part of dW, and 23 bytes a logit, counted from the source; compiled, it and its gradient.
     a_logit = 2 * case.width if case.compiled else 23
     loss = loss_bytes(case) + 2 * case.width * head + a_logit * min(case.chunk, M) * c.vocab_size
     forward = {"activations": activations(case) - again, "loss": loss, "casts": casts_after if case.compiled else casts}
-    forward["gathered"] = root + block if case.is_divided else 0  # FSDP2 keeps what the last block was gathered in until it gathers again
-    # Backward begins: dW and dW scaled; of FSDP this block, the next one and, where it is not added to others, the gradient.
+    forward["gathered"] = root + case.width * block  # FSDP2 keeps what the last block was gathered in until it gathers again
+    # Backward begins: dW and dW scaled; of FSDP this block, the next one and the gradient.
     dw = case.width * M * c.d_model + 2 * FLOAT * head
-    gathered = root + (2 if case.passes > 1 else 3) * block if case.is_divided else 0
-    backward = {"casts": casts_after, "activations": activations(case), "loss": dw, "gathered": gathered}
-    # And ends: all gradients, the embedding's and the head's before they are added up.
-    all_of_them = max(gradients, FLOAT * case.elements())
-    end = {"gradients": all_of_them, "activations": block_activations(case), "loss": 2 * FLOAT * head, "gathered": gathered}
-    moments = ({"gradients": gradients, **forward}, {"gradients": gradients, **backward}, end)
+    kept = activations(case)
+    first = {"casts": casts_after, "activations": kept, "loss": dw, "gathered": root + 3 * case.width * block}
+    # It goes on: what the block before sends is there still, in fp32; or this block's too, with what comes of it.
+    sending = max(3 * case.width + FLOAT, case.width + 2 * FLOAT + FLOAT / max(1, case.shards)) * block
+    of_a_block = kept_of_block(case) if c.n_layer > 1 else 0
+    second = {"casts": casts_after, "activations": kept - of_a_block, "loss": dw - FLOAT * head, "gathered": root + sending}
+    # And ends: all gradients, the embedding's and the head's before they are added up; what FSDP is sending is not divided yet.
+    all_of_them = max(gradients, FLOAT * (case.elements() - (case.elements(root=False) // c.n_layer if case.is_divided else 0)))
+    end = {"gradients": all_of_them, "activations": block_activations(case), "loss": 2 * FLOAT * head, "gathered": root + sending}
+    moments = (*({"gradients": gradients, **moment} for moment in (forward, first, second)), end)
     return max(moments, key=lambda parts: sum(parts.values()))
 
 

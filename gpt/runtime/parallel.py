@@ -130,14 +130,18 @@ def spread(objective: NextTokenLoss, world: World) -> nn.Module:
         wrapped = DistributedDataParallel(objective, **options)
         wrapped.register_comm_hook(None, lambda state, bucket: _summed(bucket.buffer()))
         return wrapped
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # A block's matrices are gathered in the dtype that they are multiplied in. Its norms, small and of fp32, stay whole.
+    dtype = None if objective.loss.dtype == torch.float32 else objective.loss.dtype
+    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    norms = {p for name, p in objective.model.blocks.named_parameters() if "norm." in name}
     # ddp with tensor parallelism is a sharding over one process, repeated
     assert world.mesh is not None
     mesh = world.mesh["replicate", "shard"] if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
     modules: list[nn.Module] = [*objective.model.blocks, objective]
     for module in modules:
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy() if module is objective else narrow, ignored_params=norms)
     for module in cast("list[FSDPModule]", modules):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # which is all that gloo can
@@ -156,12 +160,14 @@ def unwrapped(objective: nn.Module) -> nn.Module:
 
 
 def accumulating(module: nn.Module, world: World, last: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of a micro-batch: only the last one's backward sends gradients."""
+    """Around forward and backward of a micro-batch: only the last one's backward sends gradients to the copies of a parameter.
+
+    FSDP divides them in every pass, for else each process would keep whole ones until the last.
+    """
     if isinstance(module, DistributedDataParallel):
         return contextlib.nullcontext() if last else module.no_sync()
     if world.size > 1:
-        cast("FSDPModule", module).set_requires_gradient_sync(last)
-        cast("FSDPModule", module).set_is_last_backward(last)
+        cast("FSDPModule", module).set_requires_all_reduce(last)
     return contextlib.nullcontext()
 
 
@@ -181,9 +187,16 @@ def place_weights(model: nn.Module, source: nn.Module | None) -> None:
 
 
 def sum_partial_gradients(model: GPT, world: World) -> None:
-    """Under tensor parallelism: the norms of queries and keys see only this process's heads, so their gradients are added up."""
-    if world.mesh is None or world.mesh["tensor"].size() == 1:
+    """Where parameters are divided, add up the gradients of those that are not, the blocks' norms, over the processes that share a batch.
+
+    Under tensor parallelism, the norms of queries and keys see only this process's heads: theirs are added up over all processes.
+    """
+    if not world.is_divided or world.mesh is None:
         return
-    for name, p in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")) and p.grad is not None:
-            dist.all_reduce(local_part(p.grad), group=world.mesh["tensor"].get_group())
+    for group, ends in ((world.data_group, ""), (world.mesh["tensor"].get_group(), ("q_norm.weight", "k_norm.weight"))):
+        found = [p.grad for name, p in model.named_parameters() if not is_sharded(p) and p.grad is not None and name.endswith(ends)]
+        if found and dist.get_world_size(group) > 1:
+            together = torch.cat([gradient.flatten() for gradient in found])
+            dist.all_reduce(together, group=group)
+            parts = together.split([gradient.numel() for gradient in found])
+            torch._foreach_copy_(found, [part.view_as(gradient) for part, gradient in zip(parts, found, strict=True)])

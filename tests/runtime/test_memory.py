@@ -59,7 +59,7 @@ def test_compiled_blocks_and_more_ranks_need_less():
     assert peak(replace(case, compiled=True)) < peak(case)
     assert peak(replace(case, shards=4, replicas=1)) < peak(case)
     whole, divided = (sum(states(c).values()) for c in (case, replace(case, shards=4, replicas=1)))
-    assert divided * 4 == pytest.approx(whole, rel=1e-4)
+    assert divided * 4 == pytest.approx(whole, rel=2e-3)
 
 
 def test_rows_of_a_report_say_what_is_left():

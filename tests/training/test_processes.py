@@ -98,6 +98,15 @@ def test_every_layout_has_the_losses_of_one_process(text_run, tmp_path, cache_di
         assert (tmp_path / "runs" / name / "model" / "config.json").is_file()
 
 
+def test_fsdp_in_bf16_has_the_losses_of_ddp(text_run, tmp_path):
+    """FSDP gathers blocks in bf16, and autocast casts them elsewhere: the first gradients are the same, and only then roundings differ."""
+    run = [*TEXT, "precision=bf16", "train.budget=10steps", "train.micro_batch=2", "optimizer=adamw"]
+    launch({name: text_run(*run, f"parallel={name}") for name in ("ddp", "fsdp")}, tmp_path / "two", 2)
+    ours, theirs = (tmp_path / "runs" / name for name in ("fsdp", "ddp"))
+    assert curve(ours, "grad_norm")[:2] == pytest.approx(curve(theirs, "grad_norm")[:2], rel=1e-5)
+    assert curve(ours, "loss") == pytest.approx(curve(theirs, "loss"), abs=5e-4)
+
+
 def test_a_run_goes_on_in_another_layout_as_if_it_had_not_changed(text_run, tmp_path):
     budget, more = ["train.budget=6steps", "schedule=constant"], ["train.budget=12steps", "schedule=constant"]
     launch({"whole": text_run(*TEXT, *more), "back": text_run(*TEXT, *budget)}, tmp_path / "one", 1)
