@@ -433,6 +433,8 @@ def _validate_devices(c: RunConfig) -> None:
     ):  # fmt: skip
         at_least(key, value, low)
     c.launch.patience(0)
+    if not 0 < c.device.mfu <= 1:
+        raise UserError(f"device.mfu={shown(c.device.mfu)} must be greater than 0 and at most 1: a share of the chip's peak")
     if c.launch.nproc != "auto":
         at_least("launch.nproc", c.launch.nproc, 1)
     if c.parallel.name == "none":

@@ -21,7 +21,7 @@ from typing import Any
 
 from gpt.commands import DoctorConfig
 from gpt.doctor.result import Result, gib, one_line
-from gpt.runtime.environment import OLDEST_NATIVE, instance_type, neuron_version
+from gpt.runtime.environment import OLDEST_NATIVE, instance_type, is_placeholder, neuron_version
 
 DEVICES = Path("/dev")  # where the driver puts neuron0, neuron1 ...
 DRIVER = Path("/sys/module/neuron/version")
@@ -40,7 +40,7 @@ def package(config: DoctorConfig) -> Result:
         if not _expected(config):
             return Result("ok", "n/a: not installed, and no Trainium here")
         return Result("problem", "torch-neuronx is not installed, and this is for Trainium", _install())
-    if "WRONG PACKAGE" in str(importlib.metadata.metadata("torch-neuronx")):
+    if is_placeholder():
         return Result("problem", f"{version} is the placeholder of PyPI, not the package", f"pip uninstall -y torch-neuronx\n{_install()}")
     if _minor(version) < OLDEST_NATIVE:
         text = f"{version} is the old XLA package, out of support for training"

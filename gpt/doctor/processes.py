@@ -54,7 +54,7 @@ def compile_tiny(device: str) -> None:
     """Compile a function that no cache has and run it; prints the device. In a process of its own: its caches and threads go with it."""
     import torch
 
-    from gpt.runtime.compiling import _skip_vector_probes
+    from gpt.runtime.compiling import skip_vector_probes
     from gpt.runtime.device import find_device
 
     there = torch.accelerator.current_accelerator(check_available=True)
@@ -63,7 +63,7 @@ def compile_tiny(device: str) -> None:
     if obstacle and not found.is_host:
         print(f"{found.type}\t{obstacle}")
         return
-    _skip_vector_probes()
+    skip_vector_probes()
     factor = random.random()  # a constant of the kernel, which therefore is new
     compiled = torch.compile(lambda x: (x * factor).sin() + 1, **found.compile_options())
     x = torch.linspace(0, 1, 1024)

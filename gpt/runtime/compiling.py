@@ -106,7 +106,7 @@ class CompileAhead:
     ) -> None:
         try:
             if device.is_host:
-                _skip_vector_probes()
+                skip_vector_probes()
                 threading.Thread(target=_parse_headers).start()
             model = GPT.materialise(dataclasses.replace(config, n_layer=1), device.type)
             for p in model.parameters():
@@ -129,7 +129,7 @@ def _parse_headers() -> None:
     wrong again, or does not, in the compilation itself, which reports it.
     """
     source = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(float* x) { at::vec::Vectorized<float>::loadu(x); }'
-    _skip_vector_probes()
+    skip_vector_probes()
     with contextlib.suppress(Exception):
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
@@ -208,7 +208,7 @@ def _graphs_compiled() -> int:
 
 def compile_model(model: GPT, loss: LinearCrossEntropy, device: Device) -> None:
     """Compile each block and the loss's softmax in place, for fixed shapes; parameter names stay as they are."""
-    _skip_vector_probes()
+    skip_vector_probes()
     torch._dynamo.config.optimize_ddp = False  # it would cut a large block's graph where DDP's buckets end
     for block in model.blocks:
         block.compile(**device.compile_options())
@@ -218,7 +218,7 @@ def compile_model(model: GPT, loss: LinearCrossEntropy, device: Device) -> None:
 @functools.cache
 def compile_decoding(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile the function that makes one token, for fixed shapes; on a GPU its kernels are recorded and replayed as one."""
-    _skip_vector_probes()
+    skip_vector_probes()
     return torch.compile(step, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
 
@@ -247,7 +247,7 @@ def should_compile_decoding(setting: Literal["auto"] | bool, device: Device, tok
     return True, "compile=true" if setting is True else "compiled"
 
 
-def _skip_vector_probes() -> None:
+def skip_vector_probes() -> None:
     """Save eight seconds of every start on x86; to be called in each thread that compiles, since the setting is the thread's own.
 
     For each instruction set that the CPU has, torch.compile builds a test program and loads it in a new Python process, which

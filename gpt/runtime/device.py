@@ -180,8 +180,8 @@ def find_decoding_device(config: DeviceConfig, precision: Literal["auto", "bf16"
     if config.name == "auto":
         return find_device(replace(config, name="cpu"), precision)
     raise UserError(
-        f"device={config.name}: text is made with another length at each step, and this device compiles for each; take device=cpu, or serve "
-        "an export (gpt export) with vLLM there"
+        f"device={config.name}: text gets longer at each step, and this device compiles for each length; take device=cpu, or serve an "
+        "export (gpt export) with vLLM there"
     )
 
 

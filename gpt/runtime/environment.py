@@ -64,7 +64,7 @@ def neuron_obstacle() -> str | None:
     if found is None:
         return "torch-neuronx is not installed; docs/trainium.md says how"
     if _minor(found) < OLDEST_NATIVE:
-        kind = "a placeholder" if _minor(found) < (1, 0) else "the XLA package, which is out of support for training"
+        kind = "PyPI's placeholder" if is_placeholder() else "the XLA package, which is out of support for training"
         return f"torch-neuronx {found} is {kind}; install 2.13 or newer (docs/trainium.md)"
     torch = _version("torch") or "0.0"
     if _minor(torch) != _minor(found):
@@ -81,6 +81,11 @@ def instance_type() -> str:
         return _PRODUCT.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def is_placeholder() -> bool:
+    """Whether what is installed as torch-neuronx is the page that PyPI has of that name, which says so in its description."""
+    return "WRONG PACKAGE" in str(importlib.metadata.metadata("torch-neuronx"))
 
 
 def _version(package: str) -> str | None:

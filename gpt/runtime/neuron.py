@@ -143,7 +143,7 @@ def find_simulated_neuron(config: DeviceConfig, precision: Literal["auto", "bf16
     """A CPU that plays a core of the chip `device.chip`. Its own speed says nothing of the chip's, so there is no MFU."""
     from gpt.runtime.neuron_sim import install
 
-    install(config.unsupported, config.strict)
+    install(config.unsupported, config.strict).memory_limit = CHIPS[config.chip].memory
     dtype = product_dtype(precision, chip_has_bf16=True)
     return Neuron(
         f"rehearsal of {config.chip} on a CPU, {torch.get_num_threads()} threads", dtype, None, CHIPS[config.chip], simulated=True

@@ -123,8 +123,9 @@ def _outside(run: Rehearsed) -> list[str]:
 
 def _is_view(name: str) -> bool:
     """Whether an operation only looks at its input in another way."""
-    packet, _, overload = name.removeprefix("aten::").partition(".")
-    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    namespace, _, of_it = name.partition("::")
+    packet, _, overload = of_it.partition(".")
+    operation = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
     alias = operation._schema.returns[0].alias_info if operation._schema.returns else None
     return alias is not None and not alias.is_write
 
