@@ -444,3 +444,13 @@ def fit_rows(case: Case, capacity: int | None) -> list[tuple[str, float]]:
     rows = [(label, getattr(memory, name)) for name, label in _LABELS.items() if getattr(memory, name)]
     rows.append((f"all, on each of {case.ranks} ranks" if case.ranks > 1 else "all", memory.total))
     return rows if capacity is None else [*rows, ("memory of the device", float(capacity)), ("left", capacity - memory.total)]
+
+
+def binary_size(size: float) -> str:
+    """Bytes for people: 386 KiB, 1.5 GiB."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if abs(size) < 1023.5:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.{1 if abs(size) < 9.95 and unit != 'B' else 0}f} {unit}"

@@ -12,7 +12,7 @@ import torch
 
 from gpt.config import RunConfig
 from gpt.errors import UserError
-from gpt.runtime.memory import ROOM, Case, case_of, peak
+from gpt.runtime.memory import ROOM, Case, binary_size, case_of, peak
 
 if TYPE_CHECKING:
     from gpt.runtime.device import Device
@@ -46,7 +46,7 @@ class Remedy:
 
     def __str__(self) -> str:
         then = ", and the run fits" if self.enough else ""
-        return f"{self.setting} saves {in_words(self.saves)}{then} ({self.cost}{'; in a new run' if self.new_run else ''})"
+        return f"{self.setting} saves {binary_size(self.saves)}{then} ({self.cost}{'; in a new run' if self.new_run else ''})"
 
 
 def says_out_of_memory(error: BaseException) -> bool:
@@ -74,10 +74,10 @@ def memory_error(
     capacity = device.memory_limit()
     compiles = config.compile is not True and device.compile_obstacle() is None
     lines = advice(case, capacity, config.precision == "fp32", compiles, device.is_host)
-    there = f" of the {in_words(capacity)} that {device.description} has" if capacity is not None else ""
+    there = f" of the {binary_size(capacity)} that {device.description} has" if capacity is not None else ""
     directory = Path(config.run.dir).expanduser() / config.run.id
     go_on = f"go on with: gpt {config.command} resume={directory}, and" if (directory / "config.yaml").is_file() else "set"
-    told = UserError(f"out of memory while {where}; the run needs about {in_words(peak(case))}{there}; {go_on} one of these:")
+    told = UserError(f"out of memory while {where}; the run needs about {binary_size(peak(case))}{there}; {go_on} one of these:")
     for line in lines:
         told.add_note(line)
     return told
@@ -113,7 +113,7 @@ def advice(case: Case, capacity: int | None, chose_fp32: bool = False, compiles:
         together[key] = value
         if peak(case) <= limit:
             return [*lines, f"none is enough alone; together these are: {' '.join(f'{k}={v}' for k, v in together.items())}"]
-    rest = f"all of them together still need {in_words(peak(case))}" if together else "no setting saves enough"
+    rest = f"all of them together still need {binary_size(peak(case))}" if together else "no setting saves enough"
     return [*lines, f"{rest}: take a smaller model (model.n_layer, model.d_model), more devices, or ones with more memory"]
 
 
@@ -184,8 +184,3 @@ def _twice_divided(case: Case) -> Case | None:
         return None
     shards, replicas = (case.shards // 2, case.replicas) if case.shards % 2 == 0 and case.shards else (case.shards, case.replicas // 2)
     return replace(case, tensor=2 * case.tensor, shards=shards, replicas=max(1, replicas), passes=2 * case.passes)
-
-
-def in_words(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

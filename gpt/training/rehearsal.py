@@ -16,7 +16,7 @@ import torch
 from gpt.config import RunConfig
 from gpt.runtime.compiling import FixedGraphs
 from gpt.runtime.device import Device
-from gpt.runtime.memory import case_of, fit_rows
+from gpt.runtime.memory import binary_size, case_of, fit_rows
 from gpt.runtime.neuron_sim_record import Graph, Record
 
 FILE = "rehearsal.txt"
@@ -134,7 +134,7 @@ def _memory(run: Rehearsed) -> list[str]:
     case = case_of(run.config, run.ranks, run.micro_batch, run.device, compiled=run.graphs.expected > 0)
     rows = [*fit_rows(case, run.device.memory_limit()), ("measured here: the most that tensors took", float(run.record.peak_bytes))]
     width = max(len(label) for label, _ in rows)
-    lines = [f"  {label:<{width}}  {_bytes(size):>10}" for label, size in rows]
+    lines = [f"  {label:<{width}}  {binary_size(size):>10}" for label, size in rows]
     return ["Memory of a rank at its fullest moment, by the formulas of docs/scaling.md:", *lines]
 
 
@@ -150,14 +150,6 @@ def _time(run: Rehearsed) -> list[str]:
     if run.total_steps is not None:
         lines.append(f"  the run's {run.total_steps:,} steps: {_seconds(seconds * run.total_steps)}")
     return lines
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"
 
 
 def _seconds(seconds: float) -> str:

@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from gpt.evaluation.text import COMPRESSED_BYTES
 from gpt.inference.generate import generate_text, whole_texts
 from gpt.inference.sampling import Sampling
 from gpt.model.transformer import GPT
+from gpt.runtime.memory import binary_size
 from gpt.training.checkpoint import MANIFEST, TrainingState
 from gpt.training.data import TrainingData
 from gpt.training.export import describe_corpus, model_card
@@ -33,6 +35,7 @@ def write_results(
     data: TrainingData,
     held_out: HeldOutLoss,
     spent: Mapping[str, float],
+    capacity: int | None,
     say: Callable[[str], None],
 ) -> None:
     """Export the weights, continue some prompts, write the report, and say how it went.
@@ -42,6 +45,7 @@ def write_results(
         model: with the best weights, whole.
         held_out: how they do.
         spent: seconds of each part of the training, in this process.
+        capacity: bytes of memory of its device, or None.
         say: takes the lines for people.
     """
     metrics = read_metrics(directory.metrics)
@@ -69,6 +73,7 @@ def write_results(
     say(
         f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
         f"\ntime: {_shares(spent)}"
+        f"{_memory(metrics, capacity)}"
         f"\nvalidation: best {_figure(state.best_val_loss)} at step {state.best_step}, last {_figure(last)}"
         f"{f'; {state.skipped_steps} steps left out' if state.skipped_steps else ''}"
         f"\n{what} ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte "
@@ -87,6 +92,14 @@ def _shares(spent: Mapping[str, float]) -> str:
     total = sum(spent.values())
     parts = sorted(spent.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts if seconds / total >= 0.005)
+
+
+def _memory(metrics: Sequence[Mapping[str, Any]], capacity: int | None) -> str:
+    """The most memory that the main process had of its device, as a line."""
+    taken = [line["memory_bytes"] for line in metrics if line.get("memory_bytes")]
+    if not taken:
+        return ""
+    return f"\nmemory: {binary_size(max(taken))} at most{f' of {binary_size(capacity)}' if capacity else ''}"
 
 
 def _use(data: TrainingData) -> str:

@@ -480,7 +480,8 @@ class Trainer:
                 if self.device.decodes:
                     model.to(self.device.type)
                     model.tie()
-            write_results(config, self.directory, state, model, self.data, held_out, self.clock.totals(), self.say)
+            spent, capacity = self.clock.totals(), self.device.memory_limit()
+            write_results(config, self.directory, state, model, self.data, held_out, spent, capacity, self.say)
         return Result(0, self.directory.path, state, held_out)
 
 

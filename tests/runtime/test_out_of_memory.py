@@ -10,8 +10,8 @@ import torch
 from gpt.cli import main
 from gpt.compose import compose_run
 from gpt.model.config import GPTConfig
-from gpt.runtime.memory import ROOM, Case, peak
-from gpt.runtime.out_of_memory import advice, in_words, memory_error, says_out_of_memory
+from gpt.runtime.memory import ROOM, Case, binary_size, peak
+from gpt.runtime.out_of_memory import advice, memory_error, says_out_of_memory
 from gpt.training.step import Step
 
 CASE = Case(GPTConfig(50257, 1024), micro_batch=16, passes=2)
@@ -58,7 +58,7 @@ def test_settings_are_named_with_what_they_save_the_cheapest_first():
         "parallel=fsdp", "parallel.tensor=2", "parallel=fsdp", "train.ema=0", "optimizer=muon", "train.sequence_length=512",
     ]  # fmt: skip
     saved = peak(case) - peak(replace(case, micro_batch=8, passes=4))
-    assert lines[0] == f"train.micro_batch=8 saves {in_words(saved)} (the same result)"
+    assert lines[0] == f"train.micro_batch=8 saves {binary_size(saved)} (the same result)"
     assert saved > 2**30
 
 
