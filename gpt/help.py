@@ -47,6 +47,11 @@ EXAMPLES = {
         ("gpt evaluate model=<folder> data=text data.paths=[book.txt]", "on your own text, all of it"),
         ("gpt evaluate model=<folder> tasks=[hellaswag] limit=100", "tasks of lm-evaluation-harness"),
     ],
+    "precompile": [
+        ("gpt precompile model=gpt2 device=neuron", "before the run of the same settings, which then starts at once"),
+        ("gpt precompile device=neuron parallel=fsdp", "with as many processes as the run will have"),
+        ("gpt finetune precompile=true init=runs/<id>", "the same for a fine-tuning run"),
+    ],
     "parity": [
         ("gpt parity", "the default run's model and data, on the device found"),
         ("gpt parity model=gpt2-mini device=cuda precision=bf16", "the settings of gpt pretrain"),

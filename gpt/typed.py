@@ -125,7 +125,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-_MEANT = {"gpu": "cuda"}  # common words whose closest spelling is something else
+# Common words whose closest spelling is something else.
+_MEANT = {"gpu": "cuda", "trainium": "neuron", "trn": "neuron", "trn2": "neuron", "trn3": "neuron"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

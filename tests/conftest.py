@@ -2,12 +2,24 @@
 
 import os
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+import gpt.compose
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+if device := os.environ.get("GPT_TEST_DEVICE"):  # runs that name no device take this one (tests/training/test_neuron_sim_runs.py)
+    compose_run = gpt.compose.compose_run
+
+    def compose_run_there(command: str, arguments: Sequence[str], *rest: Any) -> Any:
+        named = any(argument.startswith(("device=", "device.name=")) for argument in arguments)
+        return compose_run(command, arguments if named else [*arguments, f"device.name={device}"], *rest)
+
+    gpt.compose.compose_run = compose_run_there
 settings.register_profile("gpt", deadline=None)  # tests share their cores with others
 settings.load_profile("gpt")
 

@@ -263,18 +263,15 @@ def _strings(node: ast.AST) -> Iterator[ast.Constant]:
         yield from _strings(child)
 
 
-# What knows one device from another: their own files, the model's table of kernels, and the doctor, who looks at each.
-KNOWS_DEVICES = re.compile(r"gpt\.runtime\.(device|cpu|cuda|mps|neuron\w*|environment)|gpt\.model\.kernels|gpt\.doctor(\.\w+)?")
+# What knows one device from another: their own files, the model's table of kernels, the doctor, and the spelling aid (gpu means cuda).
+KNOWS_DEVICES = re.compile(r"gpt\.runtime\.(device|cpu|cuda|mps|neuron\w*|environment)|gpt\.model\.kernels|gpt\.doctor(\.\w+)?|gpt\.typed")
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not KNOWS_DEVICES.fullmatch(m)])
 def test_nothing_else_names_a_device(module):
     path = MODULES[module]
     named = [f"{module}:{s.lineno}" for s in strings(path) if re.fullmatch(r"(cuda|mps|neuron|neuron_sim)(:\d+)?", s.value)]
-    if module == "gpt.typed":  # the spelling aid: who types gpu means cuda
-        assert len(named) == 1
-    else:
-        assert not named, named
+    assert not named, named
     tree = list(ast.walk(parsed(path)))
     asked = [f"{module}:{n.lineno}" for n in tree if isinstance(n, ast.Compare) and '"cpu"' in ast.unparse(n).replace("'", '"')]
     used = [

@@ -156,3 +156,18 @@ def test_the_report_says_what_a_real_chip_would_hold_and_take(pretrain, tmp_path
     assert "50% of the chip's 167.8 TFLOP/s" in text
     assert re.search(r"the run's 4 steps: [\d.e-]+ ms", text)
     assert max(len(line) for line in text.splitlines()) <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "files",
+    [["test_trainer"], ["test_finetune", "test_training_data"], ["test_spikes", "test_export", "test_weight_average", "test_micro_batch"]],
+)
+def test_the_trainers_own_tests_pass_on_it(files):
+    """The tests of training as they are, with every run that names no device on the simulated one."""
+    paths = [str(Path(__file__).with_name(f"{name}.py")) for name in files]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPT_TEST_DEVICE": "neuron_sim"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=880, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-6000:]

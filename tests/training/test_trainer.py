@@ -262,5 +262,5 @@ def test_a_warmup_longer_than_epochs_allow(tiny_config):
 def test_the_device_that_is_not_there_is_refused(tiny_config):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match=r"device=cuda: there is none here.*found: cpu"):
+    with pytest.raises(UserError, match=r"device=cuda: there is none here.*found: (cpu|neuron)"):
         Trainer(tiny_config("device=cuda")).fit()
