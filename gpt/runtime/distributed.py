@@ -234,4 +234,6 @@ def collective_of(error: BaseException) -> str:
         return "all_reduce (whether to stop)"
     if found := [name for name in names if name in _COLLECTIVES]:
         return found[-1]
+    if "redistribute" in names:
+        return "all_gather (the matrices that Muon divides among the processes)"
     return "all_reduce or reduce_scatter (gradients)" if "backward" in names else "all_gather (parameters)"

@@ -20,7 +20,7 @@ from gpt.inference.command import generate
 from gpt.inference.generate import generate_text, whole_texts
 from gpt.inference.loading import load_model
 from gpt.inference.sampling import Sampling
-from gpt.runtime.device import Device
+from gpt.runtime.cpu import Cpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +86,7 @@ def test_int8_says_nothing_of_a_loss_where_there_is_none(tmp_path, capsys):
 
 @pytest.mark.parametrize("compiled", [True, "auto"])
 def test_without_a_compiler_the_text_is_written_all_the_same(compiled, plain_folder, monkeypatch, capsys):
-    monkeypatch.setattr(Device, "compile_obstacle", lambda self: "there is no C++ compiler")
+    monkeypatch.setattr(Cpu, "compile_obstacle", lambda self: "there is no C++ compiler")
     settings = {"temperature": 0, "max_tokens": 10, "device": "cpu", "precision": "fp32"}
     assert generate(GenerateConfig(model=str(plain_folder), prompt="ab", compile=compiled, **settings)) == 0
     written = capsys.readouterr()
