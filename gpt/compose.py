@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from gpt.commands import COMMANDS, EvaluateConfig
-from gpt.config import RunConfig
+from gpt.config import DeviceName, RunConfig
 from gpt.data.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.runtime.environment import prepare_environment
@@ -424,6 +424,9 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def _resumed(directory: Path, chosen: dict[str, Any], settings: dict[str, Any], keys: dict[str, Any]) -> RunConfig:
     """The config of an existing run with single keys changed."""
+    if chosen.get("device") in get_args(DeviceName):
+        settings = {"device.name": chosen["device"], **settings}  # another machine is the usual reason to go on elsewhere
+        chosen = {group: option for group, option in chosen.items() if group != "device"}
     if chosen:
         group, option = next(iter(chosen.items()))
         single = next((key for key in keys if key.startswith(f"{group}.")), "train.budget")

@@ -151,6 +151,8 @@ class DeviceConfig:
     """neuron_sim: operations that the rehearsed device is to lack, such as aten::topk."""
     chip: Literal["trn2", "trn3"] = "trn2"
     """neuron_sim: which chip is rehearsed."""
+    ranks: int = 0
+    """neuron_sim: of how many cores memory and time are told; 0: as many as there are processes."""
     mfu: float = 0.3
     """neuron_sim: the share of the chip's peak at which its time is estimated."""
 
@@ -433,6 +435,7 @@ def _validate_devices(c: RunConfig) -> None:
     ):  # fmt: skip
         at_least(key, value, low)
     c.launch.patience(0)
+    at_least("device.ranks", c.device.ranks, 0)
     if not 0 < c.device.mfu <= 1:
         raise UserError(f"device.mfu={shown(c.device.mfu)} must be greater than 0 and at most 1: a share of the chip's peak")
     if c.launch.nproc != "auto":

@@ -43,6 +43,8 @@ def precompile(config: RunConfig) -> int:
 
     if is_worker():
         raise UserError("gpt precompile starts its processes itself (launch.nproc): call it without torchrun or accelerate launch")
+    if config.compile is False:
+        raise UserError("compile=false: there is nothing to compile ahead; leave it out")
     train = replace(config.train, budget="2steps", log_every=1, eval_every=0, eval_tokens=config.train.batch_tokens)
     with tempfile.TemporaryDirectory(prefix="gpt-precompile-") as folder:
         run, tracking = RunSection("precompile", folder), TrackingConfig()

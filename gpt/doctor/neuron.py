@@ -39,17 +39,17 @@ def package(config: DoctorConfig) -> Result:
     if version is None:
         if not _expected(config):
             return Result("ok", "n/a: not installed, and no Trainium here")
-        return Result("problem", "torch-neuronx is not installed, and this is for Trainium", _install())
+        python = _python_trouble()
+        text = "; ".join(["torch-neuronx is not installed, and this is for Trainium", *(python[:1] if python else ())])
+        return Result("problem", text, "\n".join([*(python[1:] if python else ()), _install()]))
     if is_placeholder():
         return Result("problem", f"{version} is the placeholder of PyPI, not the package", f"pip uninstall -y torch-neuronx\n{_install()}")
     if _minor(version) < OLDEST_NATIVE:
         text = f"{version} is the old XLA package, out of support for training"
         return Result("problem", text, f"python -m venv .venv && source .venv/bin/activate\n{_install()}")
     troubles: list[tuple[str, str]] = []
-    if not _PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1]:
-        low, high = (".".join(map(str, numbers)) for numbers in _PYTHONS)
-        python = ".".join(map(str, sys.version_info[:2]))
-        troubles.append((f"Python is {python}, not {low} to {high}", f"python{high} -m venv .venv, and install there"))
+    if python := _python_trouble():
+        troubles.append(python)
     torch = _torch_version() or "none"
     wanted = ".".join(map(str, _minor(version)))
     if _minor(torch) != _minor(version):
@@ -116,6 +116,15 @@ def _counted(devices: Sequence[object]) -> str:
 def _expected(config: DoctorConfig) -> bool:
     """Whether there should be a Trainium: it is asked for, or this machine has one."""
     return config.device == "neuron" or any(DEVICES.glob("neuron[0-9]*")) or instance_type().startswith("trn")
+
+
+def _python_trouble() -> tuple[str, str] | None:
+    """That the package has no wheel for this Python, and the fix."""
+    if _PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1]:
+        return None
+    low, high = (".".join(map(str, numbers)) for numbers in _PYTHONS)
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"Python is {python}, not {low} to {high}", f"python{high} -m venv .venv, and install there"
 
 
 def _install(torch: str | None = None) -> str:

@@ -28,7 +28,7 @@ class Cpu(Device):
     says_when_full: ClassVar[bool] = False  # memory is shared
     assumed_flops: ClassVar[float] = 2.5e11
 
-    def prepare_training(self) -> list[str]:
+    def prepare_training(self, dropout: float = 0.0) -> list[str]:
         """Keep freed memory."""
         keep_freed_memory()
         return []

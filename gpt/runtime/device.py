@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -67,8 +67,8 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.type, self.dtype)
 
-    def prepare_training(self) -> list[str]:
-        """Set what only a training process needs; returns what people should know, a sentence each."""
+    def prepare_training(self, dropout: float = 0.0) -> list[str]:
+        """Set what only a training process needs; returns what people should know of a run with this dropout, a sentence each."""
         return []
 
     def claim(self, local_rank: int) -> None:
@@ -195,6 +195,17 @@ def count_devices(config: DeviceConfig) -> int | None:
 
         return count_cores()
     return torch.accelerator.device_count()
+
+
+def unused_settings(config: DeviceConfig) -> list[str]:
+    """Settings that are given and mean nothing for the device that is asked for, a sentence each."""
+    if config.name == "neuron_sim":
+        return []
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in ("unsupported", "chip", "ranks", "mfu")}
+    usual = DeviceConfig()
+    return [
+        f"device.{name}={value} is of device=neuron_sim, and is not used" for name, value in given.items() if value != getattr(usual, name)
+    ]
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -15,7 +15,9 @@ from gpt.config import DeviceConfig
 from gpt.errors import UserError
 
 CACHE_VARIABLE = "TORCH_NEURONX_NEFF_CACHE_DIR"
-STRICT_VARIABLE = "TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION"
+STRICT_VARIABLE = "TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION"  # of graphs that do not compile
+# Of single operations: those that have a kernel, and fail, are an error. Those that have none are named after the first step.
+_STRICT_EAGER_VARIABLE = "TORCH_NEURONX_FALLBACK_ONLY_FOR_UNIMPLEMENTED_OPS"
 OLDEST_NATIVE = (2, 13)  # torch-neuronx before it is the XLA package
 _AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the type of the instance
@@ -39,7 +41,8 @@ def prepare_environment(config: DeviceConfig, check: bool = True) -> None:
         raise UserError(f"device={config.name}: {problem}")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns in each process that it cannot time the device
     os.environ.setdefault(CACHE_VARIABLE, str(compile_cache(config)))
-    os.environ[STRICT_VARIABLE] = "1" if config.strict else "0"
+    for variable in (STRICT_VARIABLE, _STRICT_EAGER_VARIABLE):
+        os.environ[variable] = "1" if config.strict else "0"
 
 
 def compile_cache(config: DeviceConfig) -> Path:

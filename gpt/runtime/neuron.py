@@ -45,8 +45,9 @@ CHIPS = {"trn2": Chip(166.75e12, 24 << 30), "trn3": Chip(167.75e12, 36 << 30)}
 _COMPILER = {
     r"NCC_EMOD025": "a graph has a shape that is not fixed, which the compiler refuses",
     r"F137|exit code -9|returned -9|forcibly killed": "the compiler was ended for want of memory on the host; try a smaller "
-    "train.micro_batch, compile ahead in one process (gpt precompile launch.nproc=1), or take an instance with more memory",
-    r"NCC_\w+|neuronx-cc": "the device's compiler refused a graph",
+    "train.micro_batch, or take an instance with more memory",
+    r"CPU fallback disabled": "an operation failed on the device, and device.strict=true does not let it run on the CPU",
+    r"NCC_\w+|neuronx-cc": "the device's compiler refused a graph; compile=false runs it operation by operation, far slower",
 }
 
 
@@ -72,6 +73,14 @@ class Neuron(Device):
     process_group: ClassVar[str] = "cpu:gloo,neuron:neuron"  # gloo for objects and barriers
     patience: ClassVar[int] = 7200  # a cold compilation outlasts anything less
     assumed_flops: ClassVar[float] = 1e13
+
+    def prepare_training(self, dropout: float = 0.0) -> list[str]:
+        """Warn of what has gone wrong there."""
+        if not dropout:
+            return []
+        return [
+            f"model.dropout={dropout:g}: backward of attention with dropout was wrong on one path of this device; check it with gpt parity"
+        ]
 
     def claim(self, local_rank: int) -> None:
         """The process group assigns the cores, from LOCAL_RANK and LOCAL_WORLD_SIZE; the device must not be touched before."""
@@ -99,8 +108,8 @@ class Neuron(Device):
         return RECORD
 
     def chip_peak_flops(self) -> float | None:
-        """AWS's figure for a rank."""
-        return self.chip.peak_flops if self.chip is not None else None
+        """AWS's figure for a rank, which is of bf16."""
+        return self.chip.peak_flops if self.chip is not None and self.dtype == torch.bfloat16 else None
 
     def compile_cache(self) -> str | None:
         """TorchNeuron's own."""
@@ -108,10 +117,11 @@ class Neuron(Device):
 
     def explain(self, error: RuntimeError) -> str | None:
         """Put an operation that is missing, and the compiler's codes, into words."""
-        text = " ".join(str(error).split())
+        text = str(getattr(error, "inner_exception", error)).strip()  # of what torch.compile says around it
         if isinstance(error, NotImplementedError) and (found := re.search(r"aten::\w+(\.\w+)?", text)):
             return f"the device has no kernel for {found[0]}; device.strict=false lets it run on the CPU, which is far slower"
-        return next((f"{meaning}: {text[:300]}" for pattern, meaning in _COMPILER.items() if re.search(pattern, text)), None)
+        line = " ".join(text.splitlines()[0].split()) if text else ""
+        return next((f"{meaning} ({line})" for pattern, meaning in _COMPILER.items() if re.search(pattern, text)), None)
 
     def after_first_step(self) -> str | None:
         """Name what silently ran on the CPU.

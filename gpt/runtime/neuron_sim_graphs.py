@@ -6,6 +6,7 @@ bytes of the device's, so a compiled step costs what it costs on a CPU.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,8 +157,8 @@ def _operation(node: fx.Node) -> str | None:
 
 def _where(node: fx.Node) -> str:
     """The line of the user's code that a node comes of."""
-    _, found, last = (node.stack_trace or "").rpartition('File "')
-    return " ".join(f'File "{last}'.split()) if found else "no line known"
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    return "{}:{}".format(*found[-1]) if found else "no line known"
 
 
 def _output(module: fx.GraphModule) -> fx.Node:

@@ -124,7 +124,12 @@ def parity(config: RunConfig) -> int:
 
     def errors(device: Device, compiled: bool, name: str) -> dict[Place, Error]:
         say(f"computing: {name}")
-        found = compare(observe(device, compiled), exact)
+        try:
+            found = compare(observe(device, compiled), exact)
+        except RuntimeError as error:
+            if told := device.explain(error):
+                raise UserError(told) from error
+            raise
         if problem := device.after_first_step():
             say(f"note: {problem}")
         gc.collect()  # a model that was compiled refers to itself

@@ -55,6 +55,11 @@ class Rehearsed:
     flops_per_token: int
     graphs: FixedGraphs
 
+    @property
+    def told_ranks(self) -> int:
+        """Of how many ranks memory and time are told."""
+        return self.config.device.ranks or self.ranks
+
 
 def write_rehearsal(run: Rehearsed, directory: Path) -> str:
     """The report, which is kept in the run directory too."""
@@ -73,7 +78,8 @@ def describe(run: Rehearsed) -> str:
         _time(run),
         ["What this cannot tell:", *(f"  - {line}" for line in _CANNOT_TELL)],
     ]
-    title = f"Rehearsal of {run.config.device.chip} on {ranks}"
+    told = f", memory and time for {run.told_ranks}" if run.told_ranks != run.ranks else ""
+    title = f"Rehearsal of {run.config.device.chip} on {ranks}{told}"
     return "\n\n".join([title, *("\n".join(map(_wrapped, lines)) for lines in sections)]) + "\n"
 
 
@@ -107,18 +113,19 @@ def _shapes(graph: Graph) -> str:
 def _outside(run: Rehearsed) -> list[str]:
     record = run.record
     kernels = {name: len(shapes) for name, shapes in record.eager_kernels.items() if not _is_view(name)}
-    calls = sum(n for name, n in record.operations.items() if not _is_view(name))
     most = ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in sorted(kernels.items(), key=lambda item: -item[1])[:6])
-    lines = [
-        f"Outside of graphs: {len(kernels)} operations in {sum(kernels.values())} shapes, each a small program that is compiled once "
-        f"({most})",
-        f"  {calls / max(1, run.steps):,.0f} calls a step, evaluation and checkpoints included; at {EAGER_SECONDS * 1e6:.0f} us each "
-        f"{calls / max(1, run.steps) * EAGER_SECONDS * 1e3:,.0f} ms",
+    programs = f"{len(kernels)} operations in {sum(kernels.values())} shapes, each a small program that is compiled once"
+    fallbacks = ", ".join(f"{name} ({n} calls)" for name, n in record.fallbacks.most_common()) or "none"
+    return [
+        f"Outside of graphs: {programs} ({most})",
+        f"  {_calls(run):,.0f} calls a step, evaluation and checkpoints included",
+        f"  on the CPU, for want of a kernel: {fallbacks}",
     ]
-    if record.fallbacks:
-        names = ", ".join(f"{name} ({n} calls)" for name, n in record.fallbacks.most_common())
-        return [*lines, f"  on the CPU, for want of a kernel: {names}"]
-    return [*lines, "  on the CPU, for want of a kernel: none"]
+
+
+def _calls(run: Rehearsed) -> float:
+    """Of operations outside of graphs, in a step."""
+    return sum(n for name, n in run.record.operations.items() if not _is_view(name)) / max(1, run.steps)
 
 
 def _is_view(name: str) -> bool:
@@ -131,8 +138,9 @@ def _is_view(name: str) -> bool:
 
 
 def _memory(run: Rehearsed) -> list[str]:
-    case = case_of(run.config, run.ranks, run.micro_batch, run.device, compiled=run.graphs.expected > 0)
-    rows = [*fit_rows(case, run.device.memory_limit()), ("measured here: the most that tensors took", float(run.record.peak_bytes))]
+    case = case_of(run.config, run.told_ranks, run.micro_batch, run.device, compiled=run.graphs.expected > 0)
+    here = "measured here, where nothing is fused" + (f", on {run.ranks}" if run.told_ranks != run.ranks else "")
+    rows = [*fit_rows(case, run.device.memory_limit()), (here, float(run.record.peak_bytes))]
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {binary_size(size):>10}" for label, size in rows]
     return ["Memory of a rank at its fullest moment, by the formulas of docs/scaling.md:", *lines]
@@ -140,15 +148,18 @@ def _memory(run: Rehearsed) -> list[str]:
 
 def _time(run: Rehearsed) -> list[str]:
     config, chip = run.config, run.device.chip_peak_flops()
+    if chip is None:
+        return ["Time: not told, for the chip's peak is known in bf16 only, and this is fp32"]
     flops = config.train.batch_tokens * run.flops_per_token
-    share = config.device.mfu
-    assert chip is not None
-    seconds = flops / (chip * share * run.ranks)
-    where = f"{share:.0%} of the chip's {chip / 1e12:.4g} TFLOP/s in bf16 (device.mfu)"
-    lines = [f"Time at {where}, without what compiles and what runs outside of graphs:"]
-    lines.append(f"  a step of {config.train.batch_tokens:,} tokens, {flops:.3g} operations: {_seconds(seconds)}")
+    inside, outside = flops / (chip * config.device.mfu * run.told_ranks), _calls(run) * EAGER_SECONDS
+    lines = [
+        "Time, but for compiling:",
+        f"  a step of {config.train.batch_tokens:,} tokens, {flops:.3g} operations in graphs at {config.device.mfu:.0%} of the chip's "
+        f"{chip / 1e12:.4g} TFLOP/s (device.mfu): {_seconds(inside)}",
+        f"  its calls outside of graphs, at {EAGER_SECONDS * 1e6:.0f} us each: {_seconds(outside)}",
+    ]
     if run.total_steps is not None:
-        lines.append(f"  the run's {run.total_steps:,} steps: {_seconds(seconds * run.total_steps)}")
+        lines.append(f"  the run's {run.total_steps:,} steps, both together: {_seconds((inside + outside) * run.total_steps)}")
     return lines
 
 

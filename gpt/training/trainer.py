@@ -32,7 +32,7 @@ from gpt.evaluation.perplexity import HeldOutLoss, score_batches
 from gpt.model.transformer import GPT
 from gpt.runtime.allocator import no_garbage_collection
 from gpt.runtime.compiling import CompileAhead, FixedGraphs, expected_graphs, should_compile
-from gpt.runtime.device import find_device
+from gpt.runtime.device import find_device, unused_settings
 from gpt.runtime.distributed import Agreement, collective_of, join_world, waited_too_long
 from gpt.runtime.out_of_memory import memory_error
 from gpt.runtime.parallel import unwrapped
@@ -100,7 +100,7 @@ class Trainer:
         self.patience = config.launch.patience(self.device.patience)
         self.world = join_world(config.parallel, self.device, self.patience)
         self.say = say if self.world.is_main else lambda text: None
-        for note in self.device.prepare_training():
+        for note in (*unused_settings(config.device), *self.device.prepare_training(config.model.dropout)):
             self.say(f"note: {note}")
         config.run.id = self.world.share(lambda: config.run.id or new_run_id(config.command))
         self.directory = RunDirectory(config, owned=self.world.is_main)
@@ -108,16 +108,15 @@ class Trainer:
             self._set_up()
             processes = f", {self.world.size} processes" if self.world.size > 1 else ""
             dtype = str(self.device.dtype).removeprefix("torch.")
-            self.say(f"run: {self.directory.path}  ({self.device.description}, {dtype}{processes})")
+            what = "precompiling" if config.precompile else f"run: {self.directory.path}"
+            self.say(f"{what}  ({self.device.description}, {dtype}{processes})")
             interrupted = self._train()
             if interrupted:
                 self.say(f"interrupted at step {self.state.step}; continue with: gpt {config.command} resume={self.directory.path}")
                 result = Result(128 + interrupted, self.directory.path, self.state)
             elif config.precompile:
                 kept = self.device.compile_cache()
-                self.say(
-                    f"compiled: {self.graphs.count} graphs, {f'which a run finds in {kept}' if kept else 'of which a rehearsal keeps none'}"
-                )
+                self.say(f"compiled: a run of this config finds it in {kept}" if kept else "compiled: a rehearsal keeps nothing")
                 result = Result(0, self.directory.path, self.state)
             else:
                 result = self._finish()
