@@ -8,8 +8,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from gpt.config import RunConfig
 from gpt.errors import UserError
 from gpt.runtime.device import Device
+from gpt.runtime.memory import ROOM, case_of, peak
 
 # micro_batch=auto: the most tokens of a pass. More make no step faster, and on a CPU, where memory is shared, nothing says when it is full.
 MOST_TOKENS = 16384
@@ -18,6 +20,19 @@ MOST_TOKENS = 16384
 def divisors(sequences: int, most: int) -> list[int]:
     """Sizes of micro-batches that divide `sequences` and are at most `most`, the largest first; at least 1."""
     return [d for d in range(min(sequences, max(1, most)), 0, -1) if sequences % d == 0]
+
+
+def largest_by_formula(sizes: list[int], config: RunConfig, ranks: int, device: Device, compiled: bool) -> int:
+    """The largest size that the formulas of `gpt.runtime.memory` let fit, for a device on which trying one would be compiling it.
+
+    Args:
+        sizes: to choose from, the largest first; the last one where none fits, or the first where the device's memory is not known.
+        config, ranks, device, compiled: the run.
+    """
+    limit = device.memory_limit()
+    if limit is None:
+        return sizes[0]
+    return next((size for size in sizes if peak(case_of(config, ranks, size, device, compiled)) <= ROOM * limit), sizes[-1])
 
 
 def largest_that_fits(attempt: Callable[[int], None], sizes: list[int]) -> int:

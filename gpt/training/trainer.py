@@ -45,7 +45,7 @@ from gpt.training.clock import StepClock
 from gpt.training.data import OneBatch, open_training_data, set_vocab_size
 from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
-from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_that_fits, try_pass
+from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_by_formula, largest_that_fits, try_pass
 from gpt.training.optimizer import build_optimizers, set_learning_rate
 from gpt.training.profile import Profiler
 from gpt.training.progress import say
@@ -164,6 +164,8 @@ class Trainer:
         sizes = divisors(self.sequences // world.data_size, most)
         self.micro_batch = sizes[0]
         self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config))
+        if config.train.micro_batch == "auto" and not self.device.says_when_full:
+            self.micro_batch = largest_by_formula(sizes, config, world.size, self.device, self.compiled)
         ahead = None
         if self.compiled and not world.is_divided and self.device.compiles_ahead:
             documents = config.on_examples or config.data.document_mask

@@ -1,13 +1,16 @@
 import pytest
 import torch
 
+from gpt.compose import compose_run
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.cpu import Cpu
+from gpt.runtime.memory import ROOM, case_of, needs
+from gpt.runtime.neuron import CHIPS, Neuron
 from gpt.runtime.parallel import NextTokenLoss
-from gpt.training.micro_batch import divisors, largest_that_fits, try_pass
+from gpt.training.micro_batch import divisors, largest_by_formula, largest_that_fits, try_pass
 
 
 @pytest.mark.parametrize("sequences", [1, 7, 12, 64, 96])
@@ -57,3 +60,15 @@ def test_a_trial_leaves_no_gradients(documents):
     assert seen
     assert seen[0] > 0
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_device_that_is_not_tried_out_gets_what_the_formulas_let_fit():
+    config = compose_run("pretrain", ["model=gpt2-large", "model.vocab_size=50257", "train.batch_tokens=16384"])
+    chip = Neuron("a chip", torch.bfloat16, None, CHIPS["trn2"])
+    sizes = divisors(16, 16)
+    chosen = largest_by_formula(sizes, config, 1, chip, True)
+    assert 1 < chosen < 16
+    needed = {size: needs(case_of(config, 1, size, chip, True)).total for size in sizes}
+    assert needed[chosen] <= ROOM * chip.memory_limit() < needed[2 * chosen]
+    assert largest_by_formula(sizes, config, 1, Neuron("an unknown one", torch.bfloat16), True) == 16
+    assert largest_by_formula(sizes, compose_run("pretrain", ["model=gpt2-xl", "model.n_layer=96"]), 1, chip, True) == 1
