@@ -24,12 +24,12 @@ from gpt.runtime.environment import prepare_environment
 
 def launch(config: RunConfig) -> int:
     """Run a training run where its config says, and return the exit code."""
+    if config.precompile:
+        return precompile(config)
     prepare_environment(config.device)
     from gpt.runtime.distributed import is_worker
 
-    if is_worker():
-        return _work(config)
-    return precompile(config) if config.precompile else _run(config)
+    return _work(config) if is_worker() else _run(config)
 
 
 def precompile(config: RunConfig) -> int:
@@ -60,8 +60,12 @@ def _run(config: RunConfig) -> int:
 
 
 def run_file(path: str | Path) -> int:
-    """Run the training run whose resolved config stands in a file."""
-    return launch(load_config(Path(path)))
+    """Run the training run whose resolved config stands in a file, or be one of its processes, those of `precompile` too."""
+    config = load_config(Path(path))
+    prepare_environment(config.device)
+    from gpt.runtime.distributed import is_worker
+
+    return _work(config) if is_worker() else launch(config)
 
 
 def _train(config: RunConfig) -> int:
