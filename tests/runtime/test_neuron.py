@@ -52,7 +52,8 @@ def trainium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("machine", "precision", "logical", "peak", "gigabytes"),
     [
-        ("trn2.48xlarge", "auto", "", 166.75e12, 24), ("trn2u.48xlarge", "auto", "2", 166.75e12, 24), ("trn3.48xlarge", "bf16", "", 167.75e12, 36),
+        ("trn2.48xlarge", "auto", "", 166.75e12, 24), ("trn2u.48xlarge", "auto", "2", 166.75e12, 24),
+        ("trn3.48xlarge", "bf16", "", 167.75e12, 36),
         ("trn2.3xlarge", "fp32", "", None, 24), ("trn2.3xlarge", "auto", "1", 83.375e12, 12), ("trn9.48xlarge", "auto", "", None, None),
         ("", "auto", "", None, None),
     ],
