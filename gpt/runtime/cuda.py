@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +15,7 @@ PEAK_TFLOPS = {
     "A100": 312, "A10G": 70, "A30": 165, "A40": 149.7, "B200": 2250, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "H100": 989, "H200": 989, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165.2, "RTX 5090": 209.5,
 }  # fmt: skip
+_ANOTHER_CHIP = r"(?! (?:D|NVL|SUPER|Ti)\b)(?!.* (?:Laptop|MIG)\b)"  # what, after a chip's name, makes it another one, or a slice of it
 
 
 @dataclass(frozen=True)
@@ -48,5 +50,6 @@ def find_cuda(precision: Literal["auto", "bf16", "fp32"]) -> Cuda:
     dtype = product_dtype(precision, torch.cuda.is_bf16_supported(including_emulation=False))
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     title = torch.cuda.get_device_name()
-    peak = next((tflops for chip, tflops in sorted(PEAK_TFLOPS.items(), key=lambda i: -len(i[0])) if chip in title), None)
+    longest_first = sorted(PEAK_TFLOPS.items(), key=lambda i: -len(i[0]))
+    peak = next((tflops for chip, tflops in longest_first if re.search(rf"\b{chip}\b{_ANOTHER_CHIP}", title)), None)
     return Cuda(title, dtype, peak * 1e12 if peak and dtype == torch.bfloat16 else None)
