@@ -39,6 +39,7 @@ class Chip:
     memory: int
 
 
+_COUNTING_SECONDS = 300  # to import torch and start the driver's runtime
 CHIPS = {"trn2": Chip(166.75e12, 24 << 30), "trn3": Chip(167.75e12, 36 << 30)}
 
 # Of the compiler's errors: what people met there, and what helped them.
@@ -163,11 +164,15 @@ def find_simulated_neuron(config: DeviceConfig, precision: Literal["auto", "bf16
 def count_cores() -> int:
     """Logical cores of this machine, asked in a process of its own: one that looks keeps them from others as long as it lives."""
     ask = [sys.executable, "-c", "import torch; print(torch.accelerator.device_count())"]
-    done = subprocess.run(ask, capture_output=True, text=True, timeout=300, check=False)
-    lines = done.stdout.split()
-    if done.returncode or not lines:
-        raise UserError(f"device=neuron: its cores cannot be counted ({done.stderr.strip()[-200:]}); give launch.nproc, or try gpt doctor")
-    return int(lines[-1])
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=_COUNTING_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        said, words = f"torch has not answered in {_COUNTING_SECONDS} s", []
+    else:
+        said, words = " ".join(done.stderr.split())[-200:], [] if done.returncode else done.stdout.split()
+    if not words or not words[-1].isdigit():
+        raise UserError(f"device=neuron: its cores cannot be counted ({said}); give launch.nproc, or try gpt doctor")
+    return int(words[-1])
 
 
 def why_there_is_none() -> str:
