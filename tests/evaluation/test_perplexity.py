@@ -14,15 +14,17 @@ from gpt.data.shards import TokenArray
 from gpt.evaluation.perplexity import (
     HeldOutLoss,
     Windows,
+    _valid_nll,
     compressed_bits_per_byte,
     score_batches,
+    score_examples,
     strided_loss,
     strided_windows,
     token_nll,
     window_batches,
 )
 from gpt.model.config import GPTConfig
-from gpt.model.loss import LinearCrossEntropy
+from gpt.model.loss import IGNORE, LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.cpu import Cpu
 from gpt.runtime.parallel import NextTokenLoss
@@ -283,3 +285,46 @@ def test_token_nll_in_chunks(rich_model):
 def test_perplexity():
     assert HeldOutLoss(nll=50 * math.log(7), tokens=50, bytes=9).perplexity == pytest.approx(7)
     assert HeldOutLoss(nll=800.0, tokens=1, bytes=1).perplexity == math.inf
+
+
+class CompilesSlowly(Cpu):
+    fixed_graphs = True
+
+
+def ragged(counts: list[int]) -> list[Batch]:
+    """Batches of two rows, of which so many targets count."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for count in counts:
+        tokens, targets = torch.randint(V, (2, T), generator=generator), torch.randint(V, (2 * T,), generator=generator)
+        targets[torch.randperm(2 * T, generator=generator)[count:]] = IGNORE
+        batches.append(Batch(tokens, targets.view(2, T), torch.arange(T).expand(2, T) // 5))
+    return batches
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 2 * T])
+def test_what_does_not_count_costs_nothing_with_fixed_shapes(model, count):
+    (batch,) = ragged([count])
+    model.eval()
+    with torch.no_grad():
+        fixed, picked = _valid_nll(model, True, batch), _valid_nll(model, False, batch)
+    assert fixed.item() == pytest.approx(picked.item(), rel=1e-6)
+    assert (fixed.item() > 0) == (count > 0)
+
+
+def test_a_device_that_compiles_slowly_scores_the_same_in_one_shape(model, text):
+    """Examples and windows that overlap, of which few targets count, and how many changes with each pass."""
+    shapes: dict[str, set[tuple[int, ...]]] = {"cpu": set(), "slow": set()}
+    found = {}
+    for name, device in (("cpu", Cpu("CPU", torch.float32)), ("slow", CompilesSlowly("slow", torch.float32))):
+        seen = shapes[name]
+        handle = model.head.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.add(tuple(inputs[0].shape)))
+        examples = score_examples(model, ragged([5, 9, 0, 32]), BYTE_LENGTHS, device)
+        found[name] = (examples, strided_loss(model, TokenArray([text]), T, 5, 2, BYTE_LENGTHS, device))
+        handle.remove()
+    assert shapes["slow"] == {(2 * T, 32)}
+    assert len(shapes["cpu"]) > 3
+    for slow, quick in zip(found["slow"], found["cpu"], strict=True):
+        assert slow.nll == pytest.approx(quick.nll, rel=1e-6)
+        assert (slow.tokens, slow.bytes) == (quick.tokens, quick.bytes)
+    assert found["slow"][0].tokens == 46

@@ -1,6 +1,12 @@
-"""What needs no second process; layouts over several are tested in tests/training/test_processes.py."""
+"""The processes of a run and their parts; layouts over several are tested in tests/training/test_processes.py."""
 
 import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +109,39 @@ def test_errors_that_are_about_other_processes(message, lost, late):
     assert lost_the_others(error) is lost
     assert waited_too_long(error) is late
     assert not lost_the_others(ValueError(message))
+
+
+TOTALS = """
+import json, os, sys
+import torch
+from gpt.config import ParallelConfig
+from gpt.runtime.cpu import Cpu
+from gpt.runtime.distributed import join_world
+for rank in range(4):
+    if os.fork() == 0:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1]}
+        world = join_world(ParallelConfig("ddp", tensor=int(sys.argv[2])), Cpu("CPU", torch.float32), 60)
+        found = world.total([2**40 + world.data_rank, 0.5, rank / 8])
+        print(json.dumps([rank, found, world.least(rank + 3)]) + "\\n", end="", flush=True)
+        world.leave()
+        os._exit(0)
+sys.exit(any(os.wait()[1] for _ in range(4)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("tensor", "parts", "eighths"),
+    [(1, 4, [6, 6, 6, 6]), (2, 2, [2, 2, 2, 2]), (4, 1, [0, 1, 2, 3])],  # of tensor parallelism only the first of each part counts
+)
+def test_totals_count_each_part_of_the_batch_once_and_to_the_bit(tensor, parts, eighths):
+    """In fp64, on whatever device: a sum of losses in fp32 would not know the last of a million tokens."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    arguments = [sys.executable, "-c", TOTALS, port, str(tensor)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = sorted(map(json.loads, done.stdout.splitlines()))
+    large = parts * 2**40 + parts * (parts - 1) // 2
+    assert found == [[rank, [large, 0.5 * parts, eighths[rank] / 8], 3] for rank in range(4)]
