@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
@@ -32,6 +33,7 @@ DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
 ROOT = Path(__file__).parents[2]
 MODEL = {"vocab_size": 257, "context_length": 256, "n_layer": 2, "n_head": 4, "d_model": 256}
+GROUPS = {"n_kv_head": 2, "positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
 # A run whose loss is nowhere near what it starts with, of every kind of step: accumulation, clipping, an average.
 STEPS = ["debug=golden", "data=text", "train.budget=8steps", "train.batch_tokens=1024", "train.micro_batch=8", "train.grad_clip=0.2"]
 STEPS += ["train.ema=0.9", "train.eval_every=4", "train.eval_tokens=1024", "train.final_eval_tokens=1024", "train.sample_prompts=[]"]
@@ -147,32 +149,38 @@ def test_memory_is_counted_and_bounded():
     assert kept.nbytes <= peak < limit
     del kept
     assert device.memory_bytes() == peak
-    assert limit == torch.cuda.mem_get_info()[1]
+    assert limit == pytest.approx(torch.cuda.mem_get_info()[1], rel=0.02)
     assert count_devices(DeviceConfig(DEVICE)) == torch.cuda.device_count()
 
 
-def test_a_micro_batch_that_cannot_fit_ends_with_advice_that_helps(settings, monkeypatch, capsys):
-    """The GPU gives out 1 GiB, so that the attempt is short; the setting that is said to fit does."""
-    most = 1 << 30
-    monkeypatch.setattr(Cuda, "memory_limit", lambda self: most)
+def gives_out(most: int) -> None:
+    """Have torch's allocator end with an error beyond so many bytes, and give back what it keeps."""
+    gc.collect()
     torch.accelerator.empty_cache()
     torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties().total_memory)
+
+
+def test_a_micro_batch_that_cannot_fit_ends_with_advice_that_helps(settings, monkeypatch, capsys):
+    """The GPU gives out 3 GiB, so that the attempt is short; the setting that is said to fit does."""
+    most = 3 << 30
+    monkeypatch.setattr(Cuda, "memory_limit", lambda self: most)
+    gives_out(most)
     shape = ["model.d_model=256", "model.d_ff=1024", "model.n_layer=4", "model.context_length=256", "train.budget=2steps", "train.ema=0"]
     sizes = ["train.batch_tokens=65536", "train.eval_every=0", "train.eval_tokens=65536", "train.final_eval_tokens=65536"]
     run = ["pretrain", *settings("r", f"device={DEVICE}", *shape, *sizes), "train.micro_batch=256"]
     try:
         assert main(run) == 2
         said = capsys.readouterr().err
-        assert re.search(
-            r"^gpt: out of memory while .*; the run needs about [\d.]+ GiB of the 1\.0 GiB that .*one of these:$", said, re.M
-        ), said
+        needs = r"^gpt: out of memory while .*; the run needs about [\d.]+ GiB of the 3\.0 GiB that .*one of these:$"
+        assert re.search(needs, said, re.M), said
         assert "Traceback" not in said
-        found = re.search(r"^  train\.micro_batch=(\d+) saves [\d.]+ GiB .*the run fits", said, re.M)
+        found = re.search(r"^  train\.micro_batch=(\d+) saves [\d.]+ GiB, and the run fits", said, re.M)
         assert found, said
-        torch.accelerator.empty_cache()
+        gives_out(most)
         assert main([*run[:-1], f"train.micro_batch={found[1]}", "run.id=fits"]) == 0
-        torch.accelerator.empty_cache()
+        gives_out(most // 2)  # to the 64 sequences of 256 tokens that would be tried first
         assert main([*run[:-1], "train.micro_batch=auto", "run.id=tried"]) == 0
+        assert "sequences: 64 do not fit into memory" in capsys.readouterr().err
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -186,11 +194,11 @@ def passes(model: GPT, documents: torch.Tensor | None = None) -> set[str]:
     with profile() as recorded, torch.autocast(DEVICE, torch.bfloat16):
         model.hidden_states(tokens, documents=documents).float().sum().backward()
     names = {event.key for event in recorded.key_averages()}
-    return {name for name in names if re.fullmatch(r"aten::_scaled_dot_product_\w+attention\w*", name)}
+    return {name for name in names if name.startswith("aten::_scaled_dot_product_")}
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="flash attention needs an Ampere GPU")
-@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 2, "positions": "rotary"}, {"n_head": 2}], ids=["plain", "groups", "head-128"])
+@pytest.mark.parametrize("shape", [{}, GROUPS, {"n_head": 2}], ids=["plain", "groups", "head-128"])
 def test_causal_attention_is_flash(shape):
     model = GPT(GPTConfig(**{**MODEL, **shape})).to(DEVICE)
     used = passes(model)
@@ -200,7 +208,7 @@ def test_causal_attention_is_flash(shape):
         assert any("flash" in name for name in passes(model))
 
 
-@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 2, "positions": "rotary"}], ids=["plain", "groups"])
+@pytest.mark.parametrize("shape", [{}, GROUPS], ids=["plain", "groups"])
 def test_packed_documents_do_not_keep_all_scores(shape):
     """Their mask keeps flash attention out; the memory-efficient kernel takes it, but no heads in groups."""
     model = GPT(GPTConfig(**{**MODEL, **shape})).to(DEVICE)
