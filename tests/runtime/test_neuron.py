@@ -164,6 +164,7 @@ def test_what_ran_on_the_cpu_ends_a_strict_run_and_is_named_elsewhere(monkeypatc
         ),
         (RuntimeError("[NCC_EMOD025] Dynamic shapes\n are not supported"), "a graph has a shape that is not fixed, which the compiler ref"),
         (RuntimeError("neuronx-cc: [F137] neuronx-cc was forcibly killed"), "the compiler was ended for want of memory on the host; try a"),
+        (RuntimeError("[F137] out of memory on the host"), "the compiler was ended for want of memory on the host"),
         (RuntimeError("neuronx-cc returned -9"), "the compiler was ended for want of memory on the host; try a smaller train.micro_batch"),
         (RuntimeError("neuronx-cc failed with exit code -9"), "the compiler was ended for want of memory on the host"),
         (RuntimeError("NCC_ILSM901: internal assertion"), "the device's compiler refused a graph: NCC_ILSM901: internal assertion"),
@@ -178,7 +179,7 @@ def test_errors_of_the_compiler_are_put_into_words(error, told):
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), NotImplementedError("not yet")])
+@pytest.mark.parametrize("error", [RuntimeError("aten::mm: mat1 and mat2 shapes cannot be multiplied"), NotImplementedError("not yet")])
 def test_other_errors_are_left_alone(error):
     assert CORE.explain(error) is None
 
