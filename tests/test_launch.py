@@ -102,9 +102,7 @@ def test_what_is_started_again_goes_on(restarts, resume, then, config, started, 
 
 @pytest.mark.parametrize("start", [precompile, launch])
 def test_precompiling_is_a_short_run_that_leaves_no_trace(start, config, started, tmp_path):
-    given = config(
-        "compile=false", "train.eval_every=7", "train.batch_tokens=2048", "tracking=tensorboard", "run.id=mine", "precompile=true"
-    )
+    given = config("train.eval_every=7", "train.batch_tokens=2048", "tracking=tensorboard", "run.id=mine", "precompile=true")
     before = given.to_dict()
     assert start(given) == 0
     (name, run) = started[0]
@@ -115,6 +113,12 @@ def test_precompiling_is_a_short_run_that_leaves_no_trace(start, config, started
     assert not Path(run.run.dir).exists()
     assert Path(run.run.dir) != tmp_path / "runs"
     assert given.to_dict() == before
+
+
+def test_precompiling_without_compiling_is_refused(config, started):
+    with pytest.raises(UserError, match=r"^compile=false: there is nothing to compile ahead"):
+        precompile(config("compile=false"))
+    assert not started
 
 
 def test_precompiling_starts_as_many_processes_as_the_run(config, started, monkeypatch):

@@ -20,13 +20,14 @@ from gpt.compose import compose_run
 from gpt.config import DeviceConfig
 from gpt.errors import UserError
 from gpt.runtime import environment
+from gpt.runtime.environment import _STRICT_EAGER_VARIABLE as STRICT_EAGER_VARIABLE
 from gpt.runtime.environment import CACHE_VARIABLE, STRICT_VARIABLE, compile_cache, prepare_environment
 from tests.doctor.doctor_standins import package
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 
 ROOT = Path(__file__).parents[2]
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-OURS = (CACHE_VARIABLE, STRICT_VARIABLE, AUTOLOAD, "TORCH_CPP_LOG_LEVEL")
+OURS = (CACHE_VARIABLE, STRICT_VARIABLE, STRICT_EAGER_VARIABLE, AUTOLOAD, "TORCH_CPP_LOG_LEVEL")
 TORCH = f"""
 import json, os, sys
 print("at torch's import:", json.dumps({{name: os.environ.get(name) for name in {OURS!r}}}), flush=True)
@@ -98,7 +99,8 @@ def test_they_are_set_before_torch_is_imported(command, tmp_path, site, run):
             start = ["init=model"] if command in ("finetune", "parity") else []
             done = run("-m", "gpt", command, *start, *device, f"device.cache_dir={tmp_path / 'graphs'}")
     assert found_by_torch(done) == {
-        CACHE_VARIABLE: str(tmp_path / cache), STRICT_VARIABLE: "1", AUTOLOAD: None, "TORCH_CPP_LOG_LEVEL": "ERROR",
+        CACHE_VARIABLE: str(tmp_path / cache), STRICT_VARIABLE: "1", STRICT_EAGER_VARIABLE: "1", AUTOLOAD: None,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def test_what_people_set_themselves_stays_but_for_what_the_config_says(site, run
     package(site, "torch_neuronx", version="2.14.3")
     own = {CACHE_VARIABLE: "/mine", "TORCH_CPP_LOG_LEVEL": "INFO", STRICT_VARIABLE: "1"}
     found = found_by_torch(run("-m", "gpt", "pretrain", "device=neuron", "device.strict=false", **own))
-    assert found == {**own, AUTOLOAD: None, STRICT_VARIABLE: "0"}
+    assert found == {**own, AUTOLOAD: None, STRICT_VARIABLE: "0", STRICT_EAGER_VARIABLE: "0"}
 
 
 def test_a_rehearsal_keeps_the_real_backend_out(site, run):
