@@ -13,7 +13,7 @@ from gpt.runtime.device import Device, product_dtype
 # Dense bf16 TFLOP/s from the maker's data sheets. A chip that is not here has no MFU: better none than a guess.
 PEAK_TFLOPS = {
     "A100": 312, "A10G": 70, "A30": 165, "A40": 149.7, "B200": 2250, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835,
-    "H100": 989, "H200": 989, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165.2, "RTX 5090": 209.5,
+    "H100": 989, "H200": 989, "H200 NVL": 835, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165.2, "RTX 5090": 209.5,
 }  # fmt: skip
 _ANOTHER_CHIP = r"(?! (?:D|NVL|SUPER|Ti)\b)(?!.* (?:Laptop|MIG)\b)"  # what, after a chip's name, makes it another one, or a slice of it
 

@@ -222,8 +222,13 @@ def product_dtype(precision: Literal["auto", "bf16", "fp32"], chip_has_bf16: boo
 
 def _accelerator() -> str:
     """The type of the accelerator that torch finds, else cpu."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
+    registered = torch.accelerator.current_accelerator()
+    if registered is not None and registered.type == "neuron":  # a core that is looked at may be taken from the run's processes
+        from gpt.runtime.neuron import is_here
+
+        return "neuron" if is_here() else "cpu"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found is not None else "cpu"
 
 
 def _why_not(name: str) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -41,6 +42,7 @@ class Chip:
 
 _COUNTING_SECONDS = 300  # to import torch and start the driver's runtime
 CHIPS = {"trn2": Chip(166.75e12, 24 << 30), "trn3": Chip(167.75e12, 36 << 30)}
+_DEVICES = Path("/dev")  # where the driver puts neuron0, neuron1 ...
 
 # Of the compiler's errors: what people met there, and what helped them.
 _COMPILER = {
@@ -159,6 +161,11 @@ def find_simulated_neuron(config: DeviceConfig, precision: Literal["auto", "bf16
     return Neuron(
         f"rehearsal of {config.chip} on a CPU, {torch.get_num_threads()} threads", dtype, None, CHIPS[config.chip], simulated=True
     )
+
+
+def is_here() -> bool:
+    """Whether there is a chip, by its driver's files, or one that is simulated in this process."""
+    return "gpt.runtime.neuron_sim" in sys.modules or any(_DEVICES.glob("neuron[0-9]*"))
 
 
 def count_cores() -> int:

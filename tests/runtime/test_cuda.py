@@ -75,7 +75,6 @@ def test_the_peak_is_that_of_the_longest_name(name, tflops, gpu):
     "name",
     [
         "Tesla V100-SXM2-16GB", "NVIDIA A10", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA RTX A3000 Laptop GPU", "NVIDIA GB200", "NVIDIA H20",
-        "NVIDIA H200 NVL",
         "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D",
     ],
 )  # fmt: skip

@@ -44,9 +44,22 @@ def trainium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "product").write_text("trn2.48xlarge\n")
     package(tmp_path / "site", "torch_neuronx", version=f"{MINOR}.3")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: SimpleNamespace(type="neuron"))
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "neuron0").touch()
+    monkeypatch.setattr("gpt.runtime.neuron._DEVICES", tmp_path / "dev")
 
 
 # Finding it
+
+
+@pytest.mark.usefixtures("trainium")
+def test_without_the_drivers_files_there_is_none_and_nothing_is_touched(tmp_path, monkeypatch):
+    (tmp_path / "dev" / "neuron0").unlink()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: pytest.fail("the device was touched"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: pytest.fail("the device was touched"))
+    assert find_device(DeviceConfig()).type == "cpu"
+    with pytest.raises(UserError, match="finds no core"):
+        find_device(DeviceConfig("neuron"))
 
 
 @pytest.mark.parametrize(
