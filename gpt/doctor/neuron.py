@@ -114,7 +114,9 @@ def _counted(devices: Sequence[object]) -> str:
 
 
 def _expected(config: DoctorConfig) -> bool:
-    """Whether there should be a Trainium: it is asked for, or this machine has one."""
+    """Whether there should be a Trainium: it is asked for, or this machine has one and no other device is asked for."""
+    if config.device not in ("auto", "neuron"):
+        return False
     return config.device == "neuron" or any(DEVICES.glob("neuron[0-9]*")) or instance_type().startswith("trn")
 
 

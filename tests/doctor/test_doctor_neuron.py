@@ -175,3 +175,13 @@ def test_a_tool_that_speaks_otherwise(tmp_path):
     executable(tmp_path / "bin", "neuron-ls", "echo 'instance-type: trn2.3xlarge'")
     result = neuron.cores(DoctorConfig())
     assert (result.state, result.found) == ("problem", "neuron-ls is not understood: instance-type: trn2.3xlarge")
+
+
+@pytest.mark.parametrize("device", ["cpu", "neuron_sim"])
+def test_who_asks_for_another_device_needs_no_trainium(device, tmp_path):
+    """So an image for Trainium can be built, and tried, on a Trainium machine, whose devices a build does not see."""
+    (tmp_path / "product").write_text("trn2.48xlarge\n")
+    executable(tmp_path / "bin", "neuron-ls", "echo 'neuron-ls: No neuron device found' >&2; exit 1")
+    assert neuron.cores(DoctorConfig()).state == "problem"
+    for check in (neuron.cores, neuron.package):
+        assert check(DoctorConfig(device=device)).state == "ok"
