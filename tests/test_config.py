@@ -189,7 +189,7 @@ def test_a_run_directory_is_found_by_any_name(run_directory, monkeypatch):
     ("argument", "said"),
     [
         ("model=nano", r"^model=nano: a run is continued with the groups it has; change single keys, such as model\.vocab_size="),
-        ("device=cpu", r"such as device\.name="),
+        ("parallel=ddp", r"such as parallel\.name="),
         ("experiment=quick", r"such as train\.budget="),
         ("run.id=b", r"^run\.id=b: .*own directory"),
         ("run.dir=b", r"^run\.dir=b: .*own directory"),
@@ -200,6 +200,14 @@ def test_a_run_directory_is_found_by_any_name(run_directory, monkeypatch):
 def test_what_cannot_change_in_a_run(argument, said, run_directory):
     with pytest.raises(UserError, match=said):
         compose(f"resume={run_directory}", argument)
+
+
+def test_a_run_goes_on_on_another_device(run_directory):
+    before = compose(f"resume={run_directory}")
+    after = compose(f"resume={run_directory}", "device=neuron_sim", "device.chip=trn3")
+    assert (after.device.name, after.device.chip) == ("neuron_sim", "trn3")
+    after.device = before.device
+    assert after == before
 
 
 @pytest.mark.parametrize(
