@@ -45,18 +45,18 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/build/dist \
 # Any user id may run it (`docker run --user`), so these are open to all, as /tmp is. The caches lie in one folder, to be mounted.
 ARG USER_ID=1000
 RUN useradd --uid "${USER_ID}" --no-create-home --home-dir /gpt gpt \
-    && install --directory --mode 1777 /gpt /gpt/.cache /work
+    && install --directory --mode 1777 /gpt /gpt/.cache /workspace
 ENV HOME=/gpt \
     PYTHONUNBUFFERED=1 \
     TORCHINDUCTOR_CACHE_DIR=/gpt/.cache/torchinductor \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-WORKDIR /work
+WORKDIR /workspace
 
 # For a SageMaker job, whose /opt/ml belongs to root: --build-arg RUN_AS=root
 ARG RUN_AS=gpt
 USER ${RUN_AS}
 # There is no GPU while an image is built: what can be tried is what was installed.
-RUN gpt doctor && rm -rf /tmp/* /gpt/.cache/* /work/*
+RUN gpt doctor && rm -rf /tmp/* /gpt/.cache/* /workspace/*
 ENTRYPOINT ["gpt"]
 CMD ["--help"]

@@ -67,16 +67,16 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/build/dist \
 
 # Any user id may run it (`docker run --user`), so these are open to all, as /tmp is. The caches lie in one folder, to be mounted:
 # a compiled graph that is lost costs minutes of an expensive machine. Neuron's own variables are set by gpt, from the config.
-RUN install --directory --mode 1777 /gpt /gpt/.cache /work
+RUN install --directory --mode 1777 /gpt /gpt/.cache /workspace
 ENV HOME=/gpt \
     PYTHONUNBUFFERED=1 \
     TORCHINDUCTOR_CACHE_DIR=/gpt/.cache/torchinductor
-WORKDIR /work
+WORKDIR /workspace
 
 # Root, because this is the image of SageMaker jobs, whose /opt/ml belongs to root. Elsewhere: docker run --user, or --build-arg RUN_AS=1000
 ARG RUN_AS=root
 USER ${RUN_AS}
 # There is no Trainium while an image is built, even on a Trainium machine: what can be tried is what was installed.
-RUN gpt doctor device=cpu && rm -rf /tmp/* /gpt/.cache/* /work/*
+RUN gpt doctor device=cpu && rm -rf /tmp/* /gpt/.cache/* /workspace/*
 ENTRYPOINT ["gpt"]
 CMD ["--help"]

@@ -95,7 +95,7 @@ def _measured(kind: str, index: int) -> _Found:
         name = module.get_device_name(index) if hasattr(module, "get_device_name") else kind
         try:
             free, total = torch.accelerator.get_memory_info(index)
-        except (NotImplementedError, RuntimeError):  # not every backend keeps these figures
+        except RuntimeError:  # not every backend keeps these figures (NotImplementedError is one)
             free, total = None, None
         return _Found(name, free, total, _matrix_rate(kind))
 

@@ -51,7 +51,7 @@ def torch_build(config: DoctorConfig) -> Result:
 def cuda_build() -> str:
     """How to install the torch there is as it is built for CUDA: PyPI has that one for Linux, PyTorch's own index others."""
     version = importlib.metadata.version("torch").partition("+")[0]
-    return f"pip install --force-reinstall 'torch=={version}' --index-url https://pypi.org/simple"
+    return f"pip install --force-reinstall 'torch=={version}'"
 
 
 def _build(torch: Any) -> str:

@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 from gpt.commands import DoctorConfig
 from gpt.doctor.result import Result, gib, one_line
-from gpt.runtime.environment import OLDEST_NATIVE, instance_type, is_placeholder, neuron_version
+from gpt.runtime.environment import OLDEST_NATIVE, instance_type, is_placeholder, minor, neuron_version, version_of
 
 DEVICES = Path("/dev")  # where the driver puts neuron0, neuron1 ...
 DRIVER = Path("/sys/module/neuron/version")
@@ -44,15 +43,15 @@ def package(config: DoctorConfig) -> Result:
         return Result("problem", text, "\n".join([*(python[1:] if python else ()), _install()]))
     if is_placeholder():
         return Result("problem", f"{version} is the placeholder of PyPI, not the package", f"pip uninstall -y torch-neuronx\n{_install()}")
-    if _minor(version) < OLDEST_NATIVE:
+    if minor(version) < OLDEST_NATIVE:
         text = f"{version} is the old XLA package, out of support for training"
         return Result("problem", text, f"python -m venv .venv && source .venv/bin/activate\n{_install()}")
     troubles: list[tuple[str, str]] = []
     if python := _python_trouble():
         troubles.append(python)
-    torch = _torch_version() or "none"
-    wanted = ".".join(map(str, _minor(version)))
-    if _minor(torch) != _minor(version):
+    torch = version_of("torch") or "none"
+    wanted = ".".join(map(str, minor(version)))
+    if minor(torch) != minor(version):
         troubles.append((f"torch is {torch}, not {wanted}", f"pip install 'torch=={wanted}.*', or {_install(torch)}"))
     if importlib.util.find_spec("torch_xla") is not None:
         troubles.append(("torch_xla is here too, and the two exclude each other", "pip uninstall -y torch-xla libneuronxla"))
@@ -133,22 +132,9 @@ def _install(torch: str | None = None) -> str:
     """How to come by the package: it is in AWS's machine image already, or is installed for the torch there is."""
     if ready := sorted(glob.glob(ENVIRONMENTS)):
         return f"source {Path(ready[-1], 'bin/activate')}"
-    minor = _minor(torch or _torch_version())
-    version = max(minor, OLDEST_NATIVE)
+    version = max(minor(torch or version_of("torch") or ""), OLDEST_NATIVE)
     return f"pip install 'torch-neuronx=={version[0]}.{version[1]}.*' 'neuronx-cc==2.*' nki --extra-index-url {_INDEX}"
 
 
 def _driver_fix() -> str:
     return "sudo modprobe neuron; if there is no such module: sudo apt-get install aws-neuronx-dkms aws-neuronx-tools"
-
-
-def _torch_version() -> str:
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _minor(version: str) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else (0, 0)

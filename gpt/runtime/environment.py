@@ -55,7 +55,7 @@ def compile_cache(config: DeviceConfig) -> Path:
 
 def neuron_version() -> str | None:
     """Of the package torch-neuronx, or None where there is none."""
-    return _version("torch-neuronx")
+    return version_of("torch-neuronx")
 
 
 def neuron_obstacle() -> str | None:
@@ -66,12 +66,12 @@ def neuron_obstacle() -> str | None:
     found = neuron_version()
     if found is None:
         return "torch-neuronx is not installed; docs/trainium.md says how"
-    if _minor(found) < OLDEST_NATIVE:
+    if minor(found) < OLDEST_NATIVE:
         kind = "PyPI's placeholder" if is_placeholder() else "the XLA package, which is out of support for training"
         return f"torch-neuronx {found} is {kind}; install 2.13 or newer (docs/trainium.md)"
-    torch = _version("torch") or "0.0"
-    if _minor(torch) != _minor(found):
-        want = ".".join(map(str, _minor(found)))
+    torch = version_of("torch") or "0.0"
+    if minor(torch) != minor(found):
+        want = ".".join(map(str, minor(found)))
         return f"torch-neuronx {found} does not go with torch {torch}; install torch {want}, or the torch-neuronx of this torch"
     if importlib.util.find_spec("torch_xla") is not None:
         return "torch_xla is installed beside the native torch-neuronx, and the two exclude each other; pip uninstall torch-xla"
@@ -91,13 +91,15 @@ def is_placeholder() -> bool:
     return "WRONG PACKAGE" in str(importlib.metadata.metadata("torch-neuronx"))
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package, without importing it; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _minor(version: str) -> tuple[int, int]:
+def minor(version: str) -> tuple[int, int]:
+    """The first two numbers of a version; (0, 0) where there are none."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -119,8 +119,8 @@ def _replace_in_torch() -> None:
     library._accelerator_resetPeakStats = lambda index: RECORD.reset_peak()
     library._accelerator_resetAccumulatedStats = lambda index: None
     library._accelerator_getMemoryInfo = lambda index: (max(0, RECORD.memory_limit - RECORD.allocated_bytes), RECORD.memory_limit)
-    torch.Event = Event  # type: ignore[misc]
-    torch.Tensor.pin_memory = refuse_pinned  # type: ignore[method-assign]
+    torch.Event = Event
+    torch.Tensor.pin_memory = refuse_pinned
     storage: Any = torch.UntypedStorage
     for name, of_device in (("resize_", _resize), ("size", _size), ("nbytes", _size), ("clone", _clone)):
         setattr(storage, name, _for_device(of_device, getattr(storage, name)))

@@ -109,7 +109,7 @@ def host_tensor(tensor: Tensor) -> Tensor:
     if tensor.is_cpu:
         return tensor
     host = memory_of(tensor.untyped_storage()).storage
-    return torch.empty(0, dtype=tensor.dtype, device=CPU).set_(host, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[arg-type]
+    return torch.empty(0, dtype=tensor.dtype, device=CPU).set_(host, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def device_tensor(host: Tensor) -> Tensor:

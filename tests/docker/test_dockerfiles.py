@@ -361,7 +361,7 @@ def run_stage(stage: Stage, folder: Path) -> list[str]:
     venv = folder / f"{stage.name or 'final'}-environment"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     environment = clean_environment() | {"PATH": f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(venv)}
-    there = {"/dist": folder / "dist", "/src": folder / "src", "/work": folder / "work", "/gpt": folder / "home"}
+    there = {"/dist": folder / "dist", "/src": folder / "src", "/workspace": folder / "work", "/gpt": folder / "home"}
     for path in there.values():
         path.mkdir(exist_ok=True)
     where, done = folder, []

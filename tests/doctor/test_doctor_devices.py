@@ -53,7 +53,7 @@ def test_a_torch_that_leaves_a_gpu_unused(tmp_path, monkeypatch):
     assert devices.nvidia_gpus() == ["NVIDIA L4", "NVIDIA L4"]
     result = devices.torch_build(DoctorConfig())
     assert (result.state, "leaves NVIDIA L4 unused" in result.found) == ("warning", True)
-    assert result.fix == f"pip install --force-reinstall 'torch=={torch.__version__.partition('+')[0]}' --index-url https://pypi.org/simple"
+    assert result.fix == f"pip install --force-reinstall 'torch=={torch.__version__.partition('+')[0]}'"
     assert devices.torch_build(DoctorConfig(device="cpu")).state == "ok"
     executable(tmp_path, "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
     assert devices.nvidia_gpus() == []

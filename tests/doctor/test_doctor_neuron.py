@@ -71,7 +71,7 @@ def test_a_package_that_is_missed(sign, tmp_path):
 def test_the_native_package(tmp_path):
     installed(tmp_path, f"{MINOR}.3")
     result = neuron.package(NEURON)
-    assert (result.state, result.found) == ("ok", f"native, {MINOR}.3, with torch {environment._version('torch')}")
+    assert (result.state, result.found) == ("ok", f"native, {MINOR}.3, with torch {environment.version_of('torch')}")
 
 
 def test_the_placeholder_of_pypi(tmp_path):
@@ -93,7 +93,7 @@ def test_all_that_is_wrong_with_it_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 11, 7, "final", 0))
     result = neuron.package(DoctorConfig())
     assert result.state == "problem"
-    for said in (f"torch is {environment._version('torch')}, not 2.99", "torch_xla is here too", "Python is 3.11, not 3.12 to 3.14"):
+    for said in (f"torch is {environment.version_of('torch')}, not 2.99", "torch_xla is here too", "Python is 3.11, not 3.12 to 3.14"):
         assert said in result.found
     for said in ("pip install 'torch==2.99.*', or pip install 'torch-neuronx==2.", "pip uninstall -y torch-xla", "python3.14 -m venv"):
         assert said in result.fix

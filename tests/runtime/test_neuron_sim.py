@@ -70,7 +70,7 @@ def test_torch_still_has(piece):
         found = getattr(found, name)
 
 
-@pytest.mark.parametrize("checks", ["device", "graph", "process"])
+@pytest.mark.parametrize("checks", ["device", "torch", "graph", "process"])
 def test_in_a_process_of_its_own(checks):
     done = run(
         "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-q", str(Path(__file__).with_name(f"neuron_sim_{checks}_checks.py"))

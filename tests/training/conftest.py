@@ -26,3 +26,19 @@ def tiny_config(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., 
         return compose_run("pretrain", [*TINY, "data=text", *places, *overrides])
 
     return compose
+
+
+def settings(tmp_path: Path, cache_dir: Path) -> list[str]:
+    """A tiny run of which every step is logged."""
+    return ["debug=golden", f"data.cache_dir={cache_dir}", f"run.dir={tmp_path / 'runs'}", "train.sample_tokens=2", "train.log_every=1"]
+
+
+@pytest.fixture
+def text_run(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., RunConfig]:
+    """Configs of tiny runs on real text."""
+
+    def make(*overrides: str) -> RunConfig:
+        places = ["data=text", f"data.paths=[{corpus}]", *settings(tmp_path, cache_dir)]
+        return compose_run("pretrain", [*places, "train.eval_tokens=1024", "train.final_eval_tokens=1024", *overrides])
+
+    return make

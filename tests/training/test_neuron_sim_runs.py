@@ -15,22 +15,14 @@ from safetensors.torch import load_file
 
 from gpt.compose import compose_run
 from gpt.config import RunConfig
+from tests.training.conftest import settings
 from tests.training.finetuning import SUMS, save_small_model, write_rows
-from tests.training.test_processes import ROOT, TEXT, assert_same_losses, curve, launch, settings
+from tests.training.test_processes import ROOT, TEXT, assert_same_losses, curve, launch
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="the simulated device needs torch 2.13, as TorchNeuron does"
 )
 SIM = ["device=neuron_sim", "compile=true"]
-
-
-@pytest.fixture
-def text_run(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., RunConfig]:
-    def make(*overrides: str) -> RunConfig:
-        places = ["data=text", f"data.paths=[{corpus}]", *settings(tmp_path, cache_dir)]
-        return compose_run("pretrain", [*places, "train.eval_tokens=1024", "train.final_eval_tokens=1024", *overrides])
-
-    return make
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from gpt.compose import compose_run
 from gpt.config import RunConfig
 from gpt.training.metrics import read_metrics
 from tests.end_to_end.test_pretrain import wait_for_step
+from tests.training.conftest import settings
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 
 WORKER = Path(__file__).with_name("process_runs.py")
@@ -36,19 +37,6 @@ LAYOUTS = {
 }
 # Clipping bites at every step; two micro-batches a step in one process.
 TEXT = ["train.batch_tokens=1024", "train.grad_clip=0.2", "optimizer=muon", "train.ema=0.9", "train.eval_every=10", "model.n_head=4"]
-
-
-def settings(tmp_path: Path, cache_dir: Path) -> list[str]:
-    return ["debug=golden", f"data.cache_dir={cache_dir}", f"run.dir={tmp_path / 'runs'}", "train.sample_tokens=2", "train.log_every=1"]
-
-
-@pytest.fixture
-def text_run(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., RunConfig]:
-    def make(*overrides: str) -> RunConfig:
-        places = ["data=text", f"data.paths=[{corpus}]", *settings(tmp_path, cache_dir)]
-        return compose_run("pretrain", [*places, "train.eval_tokens=1024", "train.final_eval_tokens=1024", *overrides])
-
-    return make
 
 
 def launch(configs: dict[str, RunConfig], folder: Path, processes: int) -> None:
