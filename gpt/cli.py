@@ -6,7 +6,6 @@ found a problem), 2 the user's input, 130/143 interrupted.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import io
 import os
@@ -139,7 +138,9 @@ def _run_command(command: str, arguments: list[str], config_dir: Path | None, sh
     if show:
         import yaml
 
-        print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), end="")
+        from gpt.typed import plain
+
+        print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
         return 0
     if isinstance(config, (ModelUse, RunConfig)):
         from gpt.runtime.environment import prepare_environment

@@ -21,7 +21,7 @@ from gpt.config import DeviceName, RunConfig
 from gpt.data.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.runtime.environment import prepare_environment
-from gpt.typed import from_dict, nearest, nearest_and_all, nearest_key, schema_keys, shown
+from gpt.typed import from_dict, key_of, nearest, nearest_and_all, nearest_key, schema_keys, shown
 
 # What each command calls the run or the model that it works on.
 _MODEL_KEYS = {
@@ -392,7 +392,7 @@ def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[
             " ()", ""
         )
         raise UserError(f"{f'--config-dir {overlay}: ' if overlay else ''}{' '.join(message.split())}") from error
-    for group in chosen.keys() & values.keys() - {f.name for f in dataclasses.fields(schema)}:
+    for group in chosen.keys() & values.keys() - {key_of(f.name) for f in dataclasses.fields(schema)}:
         raise UserError(f"{group}={chosen[group]}: the first line of its file must be `# @package _global_`")
     return values
 
@@ -415,10 +415,11 @@ def _defaults(cls: type) -> dict[str, Any]:
     """A dataclass's defaults as nested plain values, without making one (GPTConfig derives sizes when made)."""
     hints, values = typing.get_type_hints(cls), {}
     for f in dataclasses.fields(cls):
+        key = key_of(f.name)
         if dataclasses.is_dataclass(hints[f.name]):
-            values[f.name] = _defaults(typing.cast(type, hints[f.name]))
+            values[key] = _defaults(typing.cast(type, hints[f.name]))
         else:
-            values[f.name] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            values[key] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     return values
 
 

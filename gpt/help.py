@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from gpt.commands import COMMANDS
 from gpt.compose import config_directory, groups
 from gpt.config import RunConfig
+from gpt.typed import key_of
 
 WIDTH = 118
 
@@ -159,14 +160,14 @@ def _section(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
         if field.name == "command":
             continue
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        default = values.get(field.name, default)
+        default = values.get(key := key_of(field.name), default)
         choices = [str(a).lower() for option in (hint, *get_args(hint)) if get_origin(option) is Literal for a in get_args(option)]
         known = f" ({' | '.join(choices)})" if len(choices) > 1 else ""
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
         yield from textwrap.wrap(
             f"{docs.get(field.name, '')}{known}",
             WIDTH,
-            initial_indent=f"  {f'{prefix}{field.name}={shown}':<32} ",
+            initial_indent=f"  {f'{prefix}{key}={shown}':<32} ",
             subsequent_indent=" " * 35,
         )
     for name, section in sections:

@@ -19,14 +19,27 @@ from gpt.errors import UserError
 T = TypeVar("T")
 
 
+def key_of(name: str) -> str:
+    """The key of a field: its name, but for the underscore that keeps `except_` from being a word of Python's."""
+    return name.removesuffix("_")
+
+
+def plain(section: Any) -> Any:
+    """A dataclass of the schema, as dicts, lists and scalars under their keys; anything else as it is."""
+    if is_dataclass(section):
+        return {key_of(f.name): plain(getattr(section, f.name)) for f in fields(section)}
+    return [plain(item) for item in section] if isinstance(section, list) else section
+
+
 def schema_keys(cls: type, prefix: str = "") -> dict[str, Any]:
     """Every settable key below a dataclass, dotted, with its type; sections have the dataclass as theirs."""
     keys: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
-        keys[prefix + f.name] = hints[f.name]
+        key = prefix + key_of(f.name)
+        keys[key] = hints[f.name]
         if is_dataclass(hints[f.name]):
-            keys |= schema_keys(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
+            keys |= schema_keys(typing.cast(type, hints[f.name]), f"{key}.")
     return keys
 
 
@@ -45,12 +58,13 @@ def from_dict(cls: type[T], values: Any, prefix: str = "") -> T:
         some = ", ".join(f.name for f in fields(typing.cast(Any, cls))[:4])
         raise UserError(f"{prefix.rstrip('.') or 'config'}={shown(values)}: must be a section with keys ({some} ...), not a single value")
     hints = typing.get_type_hints(cls)
+    names = {key_of(name): name for name in hints}
     arguments = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in hints:
-            raise UserError(f"{key}={shown(value)}: no such key{nearest_key(key, (prefix + known for known in hints))}")
-        arguments[name] = _convert(key, value, hints[name])
+    for key, value in values.items():
+        whole = f"{prefix}{key}"
+        if key not in names:
+            raise UserError(f"{whole}={shown(value)}: no such key{nearest_key(whole, (prefix + known for known in names))}")
+        arguments[names[key]] = _convert(whole, value, hints[names[key]])
     try:
         return cls(**arguments)
     except UserError:

@@ -26,20 +26,22 @@ MAY_IMPORT = {
         "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command", "gpt.sweep", "gpt.runtime.environment",
     },
     "gpt.sweep": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
-    "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config"},
+    "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config", "gpt.typed"},
     "gpt.compose": {
         "gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed",
         "gpt.runtime.environment", "gpt.inference.loading",  # for init=
     },
     "gpt.commands": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed"},
-    "gpt.config": {"gpt.data.config", "gpt.errors", "gpt.typed", "gpt.model.config"},
+    "gpt.config": {"gpt.data.config", "gpt.errors", "gpt.finetuning.config", "gpt.typed", "gpt.model.config", "gpt.validation"},
+    "gpt.validation": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.finetuning.config", "gpt.typed"},
     "gpt.typed": {"gpt.errors"},
     "gpt.errors": set(),
     "gpt.launch": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.runtime", "gpt.training"},
     "gpt.training": {
         "gpt", "gpt.commands", "gpt.compose", "gpt.config", "gpt.errors", "gpt.typed",
-        "gpt.data", "gpt.evaluation", "gpt.inference", "gpt.model", "gpt.runtime",
+        "gpt.data", "gpt.evaluation", "gpt.finetuning", "gpt.inference", "gpt.model", "gpt.runtime",
     },
+    "gpt.finetuning": {"gpt.config", "gpt.errors", "gpt.typed", "gpt.data", "gpt.inference.loading", "gpt.model", "gpt.runtime"},
     "gpt.evaluation": {
         "gpt", "gpt.commands", "gpt.errors", "gpt.data", "gpt.model", "gpt.runtime",
         "gpt.inference.generate", "gpt.inference.loading", "gpt.inference.quantize", "gpt.inference.sampling",
@@ -77,7 +79,9 @@ LIGHT = (
     "gpt.typed",
     "gpt.errors",
     "gpt.data.config",
+    "gpt.finetuning.config",
     "gpt.model.config",
+    "gpt.validation",
     "gpt.runs.command",
     "gpt.doctor.command",
     "gpt.training.report",
@@ -165,7 +169,8 @@ ONE_ROOF = {name for name in MAY_IMPORT if name != "gpt" and (ROOT / name.replac
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in MODULES if m.startswith(("gpt.data", "gpt.runtime", "gpt.inference", "gpt.model", "gpt.evaluation"))]
+    "module",
+    [m for m in MODULES if m.startswith(("gpt.data", "gpt.runtime", "gpt.inference", "gpt.model", "gpt.evaluation", "gpt.finetuning"))],
 )
 def test_only_one_room_knows_of_training_and_only_inside_a_function(module):
     known = [i for i in imports(module) if i.of.startswith("gpt.training")]

@@ -24,6 +24,8 @@ class Batch:
     """(B, T) int64: what follows each token, or its class; IGNORE_LABEL where nothing is learned."""
     documents: Tensor | None
     """(B, T) int64: number of the document within the row, rising from 0, padding being one of its own; None: each row is one document."""
+    numbers: Tensor | None = None
+    """(B,) int64, on the host: which row of the data each is, the same in every epoch; None: rows are cut anew in each."""
 
 
 class Batches(Protocol):
@@ -76,12 +78,15 @@ def share_of_rank(sequences: int, world: int) -> int:
 def join(batches: Sequence[Batch]) -> Batch:
     """The rows of several batches, all with documents or all without, one after another."""
     documents = [batch.documents for batch in batches if batch.documents is not None]
+    numbers = [batch.numbers for batch in batches if batch.numbers is not None]
     assert len(documents) in (0, len(batches))
     tokens, targets = torch.cat([b.tokens for b in batches]), torch.cat([b.targets for b in batches])
-    return Batch(tokens, targets, torch.cat(documents) if documents else None)
+    all_numbered = len(numbers) == len(batches)
+    return Batch(tokens, targets, torch.cat(documents) if documents else None, torch.cat(numbers) if all_numbered else None)
 
 
 def reorder(batch: Batch, order: np.ndarray) -> Batch:
     """Row i of the new batch is row order[i] of the old one."""
     index = torch.from_numpy(order)
-    return Batch(batch.tokens[index], batch.targets[index], None if batch.documents is None else batch.documents[index])
+    documents, numbers = (None if t is None else t[index] for t in (batch.documents, batch.numbers))
+    return Batch(batch.tokens[index], batch.targets[index], documents, numbers)

@@ -193,7 +193,8 @@ class ExampleRows:
             labels = np.append(labels[1:], IGNORE_LABEL)
             labels[before + lengths - 1] = IGNORE_LABEL  # behind an example's last token stands another example
         targets[places] = labels
-        return Batch(*(torch.from_numpy(x.reshape(n, T)) for x in (tokens, targets, documents)))
+        made, learned, documents_of = (torch.from_numpy(x.reshape(n, T)) for x in (tokens, targets, documents))
+        return Batch(made, learned, documents_of, torch.from_numpy(packs))
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

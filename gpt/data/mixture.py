@@ -6,6 +6,7 @@ Samples come in blocks; in every block each part has its share of the places, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -78,6 +79,7 @@ class Mixture:
     def __init__(self, parts: Sequence[Rows], weights: Sequence[float], seed: int) -> None:
         self._parts, self._shares = parts, Shares(weights, seed)
         self.windows = sum(part.windows for part in parts)  # an epoch: as many rows as the parts have together
+        self._before = np.cumsum([0, *(part.windows for part in parts)])  # rows of all parts before each one
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -89,5 +91,9 @@ class Mixture:
         """The rows of these sample numbers."""
         parts, numbers = self._shares.locate(samples)
         by_part = np.argsort(parts, kind="stable")
-        made = [self._parts[part].rows(numbers[parts == part]) for part in np.unique(parts)]
+        made = [self._numbered(part, numbers[parts == part]) for part in np.unique(parts)]
         return reorder(join(made), np.argsort(by_part))
+
+    def _numbered(self, part: int, samples: np.ndarray) -> Batch:
+        rows = self._parts[part].rows(samples)
+        return rows if rows.numbers is None else replace(rows, numbers=rows.numbers + int(self._before[part]))

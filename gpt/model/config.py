@@ -7,7 +7,7 @@ so whatever is trained here can be served elsewhere. Imports no torch: the comma
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
 Architecture = Literal["GPT2", "Llama", "Qwen2", "Qwen3", "GPTNeoX"]
@@ -168,3 +168,19 @@ class GPTConfig:
         if rms:
             return "Llama"
         return "GPTNeoX" if self.positions == "rotary" else "GPT2"
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters beside frozen projections (Hu et al., "LoRA", 2021)."""
+
+    rank: int = 0
+    """Of the adapters; 0: none, and everything that is not frozen trains."""
+    alpha: float = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Of what an adapter reads, while training."""
+    targets: list[str] = field(default_factory=lambda: ["attention.q", "attention.v"])
+    """Projections that get an adapter, by name within a block, with * for anything: attention.*, feedforward.down."""
+    dora: bool = False
+    """Learn each output's magnitude apart from its direction (Liu et al., "DoRA", 2024)."""

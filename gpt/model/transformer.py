@@ -87,6 +87,8 @@ class GPT(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("vocab_size=0: a GPT needs to know its number of token ids")
         self.config = config
+        self.frozen_depth: int | None = None
+        """So many blocks at the bottom, and the embeddings, do not train; None: the embeddings do."""
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config)
@@ -103,6 +105,16 @@ class GPT(nn.Module):
         """Make the head share the token embedding, if the config says so (a move to another device can undo it)."""
         if self.config.tie_embeddings:
             self.head.weight = self.embeddings.tokens.weight
+
+    def train(self, mode: bool = True) -> GPT:
+        """As of any module, but what is frozen as a whole stays in eval mode: nothing is dropped there."""
+        super().train(mode)
+        if mode:
+            for module in self.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
+                    module.eval()
+        return self
 
     @classmethod
     def materialise(cls, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
@@ -146,11 +158,22 @@ class GPT(nn.Module):
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=0.02)
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        states: Tensor | None = None,
+        start: int = 0,
+        end: int | None = None,
+    ) -> Tensor:
         """tokens (B, T) int64 -> (B, T, E), after the final norm. With a cache, the T tokens are read after those it holds.
 
         With documents (B, T) int64, the number of each token's document, a token sees only its own document, up to its own place,
         and positions count from each document's first token.
+
+        The way up may be cut in two: with `end`, what the embeddings and the blocks below it make of the tokens is returned, (B, T, E) in
+        fp32 or the parameters' dtype; handed in as `states`, with `start` the same number, the rest follows.
 
         Raises:
             ValueError: more tokens than context_length, or than the cache holds; or a cache and documents.
@@ -168,12 +191,20 @@ class GPT(nn.Module):
         if self.config.positions == "rotary":
             cos, sin = self.get_buffer("rotary_cos")[places], self.get_buffer("rotary_sin")[places]
             rotary = (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
-        x = self.embeddings(tokens, places)
-        for block in self.blocks:
+        x = self.embeddings(tokens, places) if states is None else states
+        for block in self.blocks[start:end]:
             x = block(x, rotary, cache, mask)
+        if end is not None:
+            return x
         if cache is not None:
             cache.advance(T)
         return self.final_norm(x)
+
+    @torch.no_grad()
+    def frozen_states(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """What the frozen embeddings and blocks at the bottom make of tokens: (B, T) int64 -> (B, T, E), without gradients."""
+        assert self.frozen_depth is not None
+        return self.hidden_states(tokens, documents=documents, end=self.frozen_depth)
 
     def _attention_dtype(self, device: str) -> torch.dtype:
         """What keys are in, so that a mask is made once in that dtype and not once a block."""

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -141,13 +141,23 @@ class FixedGraphs:
 
     Args:
         device: where the run is.
-        expected: how many graphs the whole run is to compile.
+        kinds: of graphs that the run is to compile, one each (`kinds_of_graphs`).
     """
 
-    def __init__(self, device: Device, expected: int) -> None:
-        self._watches, self.expected = device.fixed_graphs, expected
+    def __init__(self, device: Device, kinds: Collection[Hashable]) -> None:
+        self._watches, self._kinds = device.fixed_graphs, set(kinds)
         self._known: set[str] = set()
         self._before = _graphs_compiled()
+
+    def add(self, kinds: Collection[Hashable]) -> None:
+        """Let the next step and the next evaluation compile graphs of more kinds, for other parameters train now."""
+        self._kinds |= set(kinds)
+        self._known.clear()
+
+    @property
+    def expected(self) -> int:
+        """How many graphs the run is to compile, as far as it is known."""
+        return len(self._kinds)
 
     @property
     def count(self) -> int:
@@ -184,21 +194,22 @@ class FixedGraphs:
         self._known.add(part)
 
 
-def expected_graphs(model: GPT, config: TrainConfig) -> int:
-    """How many graphs a run with fixed shapes compiles: each kind of block, in training and in evaluation, and the loss's softmax.
+def kinds_of_graphs(model: GPT, config: TrainConfig) -> frozenset[Hashable]:
+    """What a run with fixed shapes compiles, each once: each kind of block, in training and in evaluation, and the loss's softmax.
 
     Blocks are of one kind if the same of their parameters train, both or neither compute activations again, and, in training, both or
-    neither are given something that has a gradient.
+    neither are given something that has a gradient. Frozen ones at the bottom run in training as in evaluation.
     """
-    training, evaluation = set(), set()
+    kinds: set[Hashable] = {"softmax"}
     flows = any(p.requires_grad for p in model.embeddings.parameters())
     for number, block in enumerate(model.blocks):
         trains = tuple(p.requires_grad for p in block.parameters())
         kind = (trains, computes_again(config.activation_checkpointing, config.activation_checkpointing_n, number))
-        training.add((*kind, flows))
-        evaluation.add(kind)
+        if flows or any(trains):
+            kinds.add(("training", *kind, flows))
+        kinds.add(("evaluation", *kind))
         flows |= any(trains)
-    return len(training) + len(evaluation) + 1
+    return frozenset(kinds)
 
 
 def _graphs_compiled() -> int:
@@ -210,6 +221,7 @@ def compile_model(model: GPT, loss: LinearCrossEntropy, device: Device) -> None:
     """Compile each block and the loss's softmax in place, for fixed shapes; parameter names stay as they are."""
     skip_vector_probes()
     torch._dynamo.config.optimize_ddp = False  # it would cut a large block's graph where DDP's buckets end
+    torch._dynamo.config.recompile_limit = 64  # of a block: more than there are kinds of them over all stages of a plan
     for block in model.blocks:
         block.compile(**device.compile_options())
     loss.compile_softmax(**device.compile_options())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from gpt.model.loss import LinearCrossEntropy
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.distributed import World
 from gpt.runtime.sharding import is_sharded, local_part, part_of
@@ -40,25 +40,6 @@ _KEPT = {
 }
 _COLUMNS = ("attention.q", "attention.k", "attention.v", "feedforward.up", "feedforward.gate")
 _ROWS = ("attention.out", "feedforward.down")
-
-
-class NextTokenLoss(nn.Module):
-    """A model and its loss as one module, whose call DDP and FSDP can surround.
-
-    Args:
-        model: predicts.
-        loss: measures.
-    """
-
-    def __init__(self, model: GPT, loss: LinearCrossEntropy) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """tokens, targets and documents (B, T) as in a `Batch`, rows as of `valid_rows` -> fp32 sum of the losses of the targets."""
-        hidden = self.model.hidden_states(tokens, documents=documents)
-        return self.loss(hidden, self.model.head.weight, targets, rows)
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], how: Literal["none", "full", "every_n", "selective"], n: int = 1) -> None:
@@ -145,6 +126,22 @@ def spread(objective: NextTokenLoss, world: World) -> nn.Module:
     for module in cast("list[FSDPModule]", modules):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # which is all that gloo can
+    return objective
+
+
+def spread_anew(objective: nn.Module, world: World) -> nn.Module:
+    """`spread` for a module that has been spread, after other parameters of it train: DDP knows those of its beginning alone.
+
+    FSDP sees by itself what trains, but for the dtype of the gradients of a block of which nothing did, which it settles at the first pass.
+    """
+    if isinstance(objective, DistributedDataParallel):
+        return spread(objective.module, world)
+    if world.is_divided:
+        for module in objective.modules():
+            if hasattr(module, "_get_fsdp_state"):
+                state = cast(Any, module)._get_fsdp_state()
+                for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:  # before torch 2.13 there was one
+                    group._init_mp_dtypes()
     return objective
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ class TrainingState:
     """Fingerprint of the data."""
     stream: dict[str, Any] | None = None
     """Where a source that is read as it comes stands."""
+    unfrozen: list[list[float]] = field(default_factory=list)
+    """Of each stage of `unfreeze` that has begun, after how many steps and which share of the run."""
+    frozen: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each parameter that does not train: what every checkpoint is held to."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -132,7 +136,7 @@ def read_state(path: Path) -> TrainingState:
         UserError: it says what this version does not know.
     """
     stored: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if unknown := stored.keys() - {field.name for field in fields(TrainingState)}:
+    if unknown := stored.keys() - {f.name for f in fields(TrainingState)}:
         raise UserError(f"{path / STATE} has the field {min(unknown)}, which this version of gpt does not know; use the one that wrote it")
     return TrainingState(**stored)
 
@@ -180,6 +184,11 @@ def load_weights(path: Path, model: GPT) -> None:
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter once, by name; a tied head is left out."""
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a whole tensor's bytes, on the CPU."""
+    return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from gpt.training.checkpoint import (
     WEIGHTS,
     TrainingState,
     checkpoint_name,
+    digest,
     find_damage,
     list_checkpoints,
     model_tensors,
@@ -107,7 +108,7 @@ class CheckpointWriter:
             texts = {STATE: json.dumps(asdict(state), indent=1)}
             if manifest is not None:
                 texts[MANIFEST] = json.dumps(manifest, indent=1, ensure_ascii=False)
-            work = (state.step, list(contents), texts, state.best_step, copied)
+            work = (state.step, list(contents), texts, state.best_step, copied, dict(state.frozen))
             self._failure = None
             self._thread = threading.Thread(target=self._work, args=work, name="checkpoint")  # no daemon: an exit waits for it
             try:
@@ -143,11 +144,16 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
-    def _work(self, step: int, names: list[str], texts: dict[str, str], best_step: int | None, copied: torch.Event | None) -> None:
+    def _work(
+        self, step: int, names: list[str], texts: dict[str, str], best_step: int | None, copied: torch.Event | None, frozen: dict[str, str]
+    ) -> None:
         started = time.perf_counter()
         try:
             if copied is not None:
                 copied.synchronize()
+            weights = self._files[WEIGHTS].tensors()
+            changed = [name for name, expected in frozen.items() if digest(weights[name]) != expected]
+            assert not changed, f"{changed[0]} is frozen, and yet has changed"
             contents = {name: self._files[name].contents() for name in names}
             contents |= {name: [memoryview(text.encode())] for name, text in texts.items()}
             path = write_checkpoint(self.directory, step, contents)
@@ -257,6 +263,10 @@ class _Snapshot:
                 self._parts[name].view(torch.uint8).numpy()[:] = whole.contiguous().view(-1).view(torch.uint8).numpy()
             else:
                 self._parts[name].copy_(whole.reshape(-1), non_blocking=self.pin)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The copies, flat, by name."""
+        return self._parts
 
     def contents(self) -> list[memoryview]:
         """The file's bytes."""

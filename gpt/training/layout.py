@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from gpt.config import RunConfig, TrainConfig
+from gpt.finetuning.freezing import set_trainable
 from gpt.inference.loading import load_model
 from gpt.model.loss import LinearCrossEntropy
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
-from gpt.runtime.parallel import NextTokenLoss, checkpoint_activations, place_weights, split_matrices, spread
+from gpt.runtime.parallel import checkpoint_activations, place_weights, split_matrices, spread
+from gpt.training.checkpoint import digest
 
 
 @dataclass
@@ -25,13 +28,22 @@ class Layout:
     Attributes:
         model: the GPT; its parameters have the same names in every layout.
         objective: what to call for a loss.
+        frozen: SHA-256 of each parameter that does not train, as it began; in the main process.
     """
 
     model: GPT
     objective: nn.Module
+    frozen: dict[str, str]
 
 
-def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool, world: World, device: Device) -> Layout:
+def lay_out(
+    config: RunConfig,
+    first_weights: Callable[[], GPT],
+    compiled: bool,
+    world: World,
+    device: Device,
+    trainable: Collection[str] | None = None,
+) -> Layout:
     """Build the model of a run.
 
     Args:
@@ -40,6 +52,7 @@ def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool,
             nobody else ever holds the whole.
         compiled: whether to compile blocks and loss.
         world, device: where.
+        trainable: names of the parameters that train; None: all.
     """
     divided = world.is_divided
     if divided:
@@ -48,6 +61,12 @@ def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool,
             model = GPT(config.model)
     else:
         source, model = None, first_weights()
+    names = {name for name, _ in model.named_parameters()}
+    trainable = names if trainable is None else frozenset(trainable)
+    set_trainable(model, frozenset(trainable))
+    whole = source if divided else model if world.is_main else None
+    digests = {name: digest(p) for name, p in whole.named_parameters() if name not in trainable} if whole is not None else {}
+    if not divided:
         model.to(device.type)
         model.tie()
         assert not config.model.tie_embeddings or model.head.weight is model.embeddings.tokens.weight
@@ -64,7 +83,7 @@ def lay_out(config: RunConfig, first_weights: Callable[[], GPT], compiled: bool,
         model.tie()
         model.init_tables()
         place_weights(model, source)
-    return Layout(model, spread_objective)
+    return Layout(model, spread_objective, digests)
 
 
 def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None]) -> GPT:

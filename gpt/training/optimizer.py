@@ -6,7 +6,7 @@ keeps its own peak, so the ratio between groups never changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,7 +110,12 @@ def _update(
 
 
 def build_optimizers(
-    config: OptimizerConfig, model: nn.Module, dtype: torch.dtype, mesh: DeviceMesh | None = None, fused: bool = True
+    config: OptimizerConfig,
+    model: nn.Module,
+    dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
+    fused: bool = True,
+    scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[Muon | AdamW]:
     """The optimizers over every trainable parameter of `model`, each parameter in exactly one.
 
@@ -120,35 +125,68 @@ def build_optimizers(
         dtype: of the matrix products within an optimizer; parameters and state are what they are, fp32.
         mesh: the ranks that hold the same parameters, or shards of them, over which Muon's work is divided; None: one process.
         fused: whether the device has the fused AdamW kernel.
+        scale: of a parameter by name: its learning rate as a share of the config's.
     """
-    muon: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if config.name == "muon" and p.dim() == 2 and name.startswith("blocks."):
-            muon.append(p)
-        else:
-            (decayed if p.dim() >= 2 else plain).append(p)
     optimizers: list[Muon | AdamW] = []
-    lr, weight_decay = config.lr, config.weight_decay
-    if config.name == "muon":
-        lr, weight_decay = config.adam_lr, config.adam_weight_decay
-    if muon:
-        optimizers.append(Muon(muon, config.lr, config.momentum, config.weight_decay, dtype, mesh))
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
-    if groups:
-        optimizers.append(AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    extend_optimizers(optimizers, config, trainable, dtype, mesh, fused, scale)
     return optimizers
 
 
-def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """Set every group's learning rate to `factor` (0 to 1, from the schedule) of its peak."""
+def extend_optimizers(
+    optimizers: list[Muon | AdamW],
+    config: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
+    fused: bool = True,
+    scale: Callable[[str], float] = lambda name: 1.0,
+    since: tuple[int, float] | None = None,
+) -> None:
+    """Have optimizers update more parameters, as groups of their own.
+
+    Args:
+        optimizers: to which groups, or whole optimizers, are added.
+        parameters: by name.
+        since: after how many steps, and which share of the run, they begin to train: then their learning rate warms up from there.
+
+    The other arguments are those of `build_optimizers`.
+    """
+    groups: dict[tuple[type, bool, float], list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        in_muon = config.name == "muon" and p.dim() == 2 and name.startswith("blocks.")
+        groups.setdefault((Muon if in_muon else AdamW, p.dim() >= 2, scale(name)), []).append(p)
+    for (kind, decays, share), params in sorted(groups.items(), key=lambda item: (item[0][0] is AdamW, not item[0][1], -item[0][2])):
+        as_muon_says = config.name == "muon" and kind is AdamW
+        lr, weight_decay = (config.adam_lr, config.adam_weight_decay) if as_muon_says else (config.lr, config.weight_decay)
+        group: dict[str, Any] = {
+            "params": params, "lr": lr * share, "peak_lr": lr * share, "since": since, "weight_decay": weight_decay if decays else 0.0,
+        }  # fmt: skip
+        if (optimizer := next((o for o in optimizers if type(o) is kind), None)) is not None:
+            optimizer.add_param_group(group)
+        elif kind is Muon:
+            optimizers.append(Muon([group], config.lr, config.momentum, config.weight_decay, dtype, mesh))
+        else:
+            optimizers.append(AdamW([group], lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused))
+
+
+def peak_learning_rate(config: OptimizerConfig, name: str, dim: int) -> float:
+    """Of a parameter with so many dimensions, before any scaling."""
+    return config.adam_lr if config.name == "muon" and not (dim == 2 and name.startswith("blocks.")) else config.lr
+
+
+def set_learning_rate(
+    optimizers: Sequence[torch.optim.Optimizer],
+    factor: float,
+    warm_up: Callable[[tuple[int, float]], float] = lambda since: 1.0,
+) -> None:
+    """Set every group's learning rate.
+
+    Args:
+        optimizers: whose groups.
+        factor: 0 to 1, from the schedule, of its peak.
+        warm_up: of a group that began to train later, when it did -> 0 to 1, by which it is multiplied besides.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = group["peak_lr"] * factor * (1.0 if group["since"] is None else warm_up(group["since"]))

@@ -22,11 +22,11 @@ from gpt.config import RunConfig
 from gpt.data.batches import Batch
 from gpt.errors import UserError
 from gpt.model.loss import IGNORE, LinearCrossEntropy
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import should_compile
 from gpt.runtime.device import Device, find_device
 from gpt.runtime.distributed import World
-from gpt.runtime.parallel import NextTokenLoss
 from gpt.training.data import open_training_data, set_vocab_size
 from gpt.training.layout import first_weights, lay_out
 from gpt.training.micro_batch import divisors

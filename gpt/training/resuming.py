@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+import os
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpt.compose import load_run
 from gpt.config import RunConfig
 from gpt.errors import UserError
-from gpt.training.checkpoint import list_checkpoints
+from gpt.training.checkpoint import list_checkpoints, newest_whole
+from gpt.typed import key_of, plain, shown
 
 # Of the data, what a run that goes on may have another value of: where things lie and how they are prepared, not what they are.
 _MAY_CHANGE = ("data.paths", "data.parts", "data.cache_dir", "data.workers", "data.memory_mb", "data.licence")
-_MUST_STAY = ("seed", "init", "loss_on", "train.batch_tokens", "train.sequence_length", "train.overfit", "train.ema", "optimizer.name")
+_MUST_STAY = (
+    "seed", "init", "loss_on", "train.batch_tokens", "train.sequence_length", "train.overfit", "train.ema", "optimizer.name",
+    "unfreeze", "layerwise_lr_decay", "adapt_tokenizer",
+)  # fmt: skip
+# Of the plan of what trains, what changes nothing in it.
+_OF_THE_MACHINE = ("freeze.name", "freeze.cache", "freeze.cache_gb", "distill.cache")
+_SECTIONS = ("model", "tokenizer", "freeze", "lora", "distill", "dpo")
 
 
 def run_to_continue(config: RunConfig, directory: Path) -> RunConfig | None:
@@ -38,11 +47,30 @@ def run_to_continue(config: RunConfig, directory: Path) -> RunConfig | None:
     except UserError as error:
         raise UserError(f"run.id={config.run.id}: the run cannot go on, for its config is damaged: {error}") from error
     keys = [*_MUST_STAY, *(key for key in _leaves("data", config.data) if key not in _MAY_CHANGE)]
-    for key in (*keys, *_leaves("model", config.model), *_leaves("tokenizer", config.tokenizer)):
+    keys += [key for section in _SECTIONS for key in _leaves(section, getattr(config, section)) if key not in _OF_THE_MACHINE]
+    for key in keys:
         now, then = _value(config, key), _value(before, key)
         if now != then and not (key == "model.vocab_size" and not now):  # 0: to be the tokenizer's
-            raise UserError(f"{key}={now}: the run in {directory} was started with {key}={then}; set it so, or choose another run.id")
+            key = key_of(key)
+            started = f"the run in {directory} was started with {key}={shown(plain(then))}; set it so, or choose another run.id"
+            raise UserError(f"{key}={shown(plain(now))}: {started}")
     return before
+
+
+def checkpoint_to_continue(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning, said aloud."""
+    checkpoint = newest_whole(directory, say)
+    if checkpoint is None:
+        say(f"no checkpoint in {directory} yet: starting at step 0")
+    return checkpoint
+
+
+def with_own_tokenizer(config: RunConfig, directory: Path) -> RunConfig:
+    """The config of a run that goes on, with the run's own copy of a pretrained tokenizer where that has gone."""
+    tokenizer, own = config.tokenizer, directory / "tokenizer.json"
+    if tokenizer.path is None or os.path.exists(tokenizer.path) or not own.is_file():
+        return config
+    return replace(config, tokenizer=replace(tokenizer, path=str(own)))
 
 
 def _leaves(prefix: str, section: Any) -> list[str]:

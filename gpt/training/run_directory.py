@@ -10,6 +10,8 @@ import random
 import string
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ from filelock import FileLock, Timeout
 from gpt.config import RunConfig
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from gpt.finetuning.freezing import TableRow
 from gpt.runtime.device import Device
+
+TRAINABLE = "trainable.json"
+"""Which parameters train, module by module, in a run that freezes some."""
 
 
 def new_run_id(command: str) -> str:
@@ -70,6 +76,10 @@ class RunDirectory:
         self._write("config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
         self._write("environment.json", json.dumps(describe_environment(device), indent=1))
         tokenizer.save(self.path / "tokenizer.json")
+
+    def keep_table(self, rows: Sequence[TableRow]) -> None:
+        """Write what trains, module by module, for the report."""
+        self._write(TRAINABLE, json.dumps([asdict(row) for row in rows], indent=1))
 
     def restored(self) -> bool:
         """Whether the folder had been removed, or its lock, and is there again, locked and described.

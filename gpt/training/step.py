@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from gpt.data.batches import Batch
-from gpt.model.loss import IGNORE, chunk_size, valid_rows
+from gpt.model.loss import chunk_size, valid_rows
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device, widest_float
 from gpt.runtime.distributed import World
-from gpt.runtime.parallel import accumulating, sum_partial_gradients
+from gpt.runtime.parallel import accumulating, sum_partial_gradients, unwrapped
 from gpt.training.clock import StepClock
 from gpt.training.gradients import clip_factor, gradient_norm
 from gpt.training.weight_average import WeightAverage
+
+Giver = Callable[[Batch], dict[str, Any]]
+"""A part of a batch on the device, its `numbers` on the host -> arguments for the objective."""
 
 # A loss is a spike if it is so many standard deviations above the mean of the latest ones, and so much in proportion (after OLMo-core's
 # SkipStepOptimizer, which takes 6 deviations of the last 128 losses; here the averages are exponential, so that they are few numbers).
@@ -93,7 +97,8 @@ def rows_on_device(batch: Batch, those: slice, device: Device, vocab_size: int) 
     targets = batch.targets[those]
     learned = valid_rows(targets, chunk_size(device.type, vocab_size, targets.numel()))
     documents = None if batch.documents is None else batch.documents[those]
-    return Batch(cast(Tensor, moved(batch.tokens[those])), cast(Tensor, moved(targets)), moved(documents)), moved(learned)
+    numbers = None if batch.numbers is None else batch.numbers[those]
+    return Batch(cast(Tensor, moved(batch.tokens[those])), cast(Tensor, moved(targets)), moved(documents), numbers), moved(learned)
 
 
 class Step:
@@ -110,6 +115,7 @@ class Step:
         grad_clip: largest gradient norm; 0: any.
         skip_spikes: whether a step with a loss spike is left out.
         clock: measures.
+        givers: asked before every pass for more that the objective takes, as arguments by name; without gradients.
 
     Attributes:
         grad_norm: scalar on the device: of the last step, before clipping.
@@ -130,7 +136,9 @@ class Step:
         grad_clip: float,
         skip_spikes: bool,
         clock: StepClock,
+        givers: Sequence[Giver] = (),
     ) -> None:
+        self.givers = givers
         self.objective, self.model, self.optimizers, self.average, self.counts = objective, model, optimizers, average, counts
         self.world, self.device, self.micro_batch, self.clock = world, device, micro_batch, clock
         self.grad_clip, self.skip_spikes = grad_clip, skip_spikes
@@ -158,13 +166,23 @@ class Step:
             part, learned = self._part(batch, first)
             with accumulating(self.objective, self.world, last=first + self.micro_batch >= rows):
                 with self.clock.part("forward"), self.device.autocast():
-                    loss = self.objective(part.tokens, part.targets, part.documents, learned)
+                    given = self._given(part)
+                    loss = self.objective(part.tokens, part.targets, part.documents, learned, **given)
                 with self.clock.part("backward"):
                     loss.backward()
             nll += loss.detach()
         with self.clock.part("optimizer"):
-            self._update(nll, int((batch.targets != IGNORE).sum()), measure)
+            self._update(nll, cast(NextTokenLoss, unwrapped(self.objective)).units(batch.targets), measure)
         return True
+
+    @torch.no_grad()
+    def _given(self, part: Batch) -> dict[str, Any]:
+        """What the givers add to a pass."""
+        return {name: value for giver in self.givers for name, value in giver(part).items()}
+
+    def renew(self, objective: nn.Module) -> None:
+        """Train what trains now, by this objective, after a stage of the plan has begun."""
+        self.objective, self.trainable = objective, [p for p in self.model.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def _update(self, nll: Tensor, targets: int, measure: bool) -> None:

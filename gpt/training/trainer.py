@@ -8,7 +8,6 @@ processes must decide together, they agree on once a step; only the main one pri
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import math
 import os
@@ -29,36 +28,36 @@ from gpt.data.prefetch import Prefetch
 from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
+from gpt.finetuning.freezing import plan_freezing, write_table
 from gpt.model.transformer import GPT
 from gpt.runtime.allocator import no_garbage_collection
-from gpt.runtime.compiling import CompileAhead, FixedGraphs, expected_graphs, should_compile
+from gpt.runtime.compiling import CompileAhead, FixedGraphs, kinds_of_graphs, should_compile
 from gpt.runtime.device import find_device, unused_settings
-from gpt.runtime.distributed import Agreement, collective_of, join_world, waited_too_long
-from gpt.runtime.out_of_memory import memory_error
+from gpt.runtime.distributed import Agreement, join_world
 from gpt.runtime.parallel import unwrapped
 from gpt.runtime.sharding import reshard
 from gpt.runtime.signals import StopRequest
-from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole
+from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole, read_state
 from gpt.training.checkpoint_retention import Retention
 from gpt.training.checkpoint_writer import CheckpointWriter
 from gpt.training.clock import StepClock
 from gpt.training.data import OneBatch, open_training_data, set_vocab_size
+from gpt.training.failures import explained
 from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
 from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_by_formula, largest_that_fits, try_pass
-from gpt.training.optimizer import build_optimizers, set_learning_rate
+from gpt.training.optimizer import set_learning_rate
 from gpt.training.profile import Profiler
 from gpt.training.progress import say
 from gpt.training.rehearsal import Rehearsed, write_rehearsal
 from gpt.training.results import write_results
-from gpt.training.resuming import run_to_continue
+from gpt.training.resuming import checkpoint_to_continue, run_to_continue, with_own_tokenizer
 from gpt.training.run_directory import RunDirectory, new_run_id
-from gpt.training.schedule import learning_rate_factor
+from gpt.training.schedule import learning_rate_factor, warm_up
 from gpt.training.step import Counts, Step
+from gpt.training.unfreezing import Unfreezing
 from gpt.training.watching import Watching
-from gpt.training.weight_average import WeightAverage
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_REWINDS = 5  # in a run
 
 
@@ -86,6 +85,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         config.validate()
+        if config.freeze.untie and config.model.tie_embeddings:
+            config.model = replace(config.model, tie_embeddings=False)
+        with torch.device("meta"):
+            plan_freezing(config.freeze, config.unfreeze, GPT(expected_model(config)))  # before anything is written or read
         self.config = config
         self.doing, self.micro_batch, self.compiled = "setting up", 1, False  # for errors that say where a process waited or ran full
 
@@ -128,22 +131,14 @@ class Trainer:
                 self.say(f"\n{write_rehearsal(rehearsed, self.directory.path)}")
             self.world.leave()  # not after an error, which the processes first tell each other
             return result
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and error.errno not in _DISK_FULL:
+        except (OSError, SafetensorError, RuntimeError) as error:
+            told = explained(
+                error, config, self.world, self.device, self.patience, self.directory.path, self.doing, self._last_checkpoint(),
+                self.micro_batch, self.compiled,
+            )  # fmt: skip
+            if told is None:
                 raise
-            raise UserError(f"run.dir: {self.directory.path} could not be written ({error}); {self._last_checkpoint()}") from error
-        except RuntimeError as error:
-            where = f"{self.doing}; {self._last_checkpoint()}"
-            if told := memory_error(error, config, self.world.size, self.device, self.micro_batch, self.compiled, where):
-                raise told from error
-            if told := self.device.explain(error):
-                raise UserError(f"{told} (while {where})") from error
-            if self.world.size == 1 or not waited_too_long(error):
-                raise
-            raise TimeoutError(
-                f"process {self.world.rank} waited {self.patience:g}s (launch.timeout) for the others in vain while {self.doing}, in "
-                f"{collective_of(error)} ({_first_line(error)}); {self._last_checkpoint()}"
-            ) from error
+            raise told from error
         finally:
             self.directory.release()
 
@@ -171,9 +166,10 @@ class Trainer:
             documents = config.on_examples or config.data.document_mask
             model, prepare = expected_model(config), partial(prepare_blocks, config.train)
             ahead = CompileAhead(self.device, model, self.micro_batch, config.sequence_length, documents, prepare)
-        checkpoint = world.share(self._checkpoint) if before is not None else None
+        checkpoint = world.share(lambda: checkpoint_to_continue(self.directory.checkpoints, self.say)) if before is not None else None
         self.doing = "preparing the data"
-        self.data = world.main_first(lambda: open_training_data(self._with_tokenizer(checkpoint), self.sequences, self.say))
+        source = config if checkpoint is None else with_own_tokenizer(config, self.directory.path)
+        self.data = world.main_first(lambda: open_training_data(source, self.sequences, self.say))
         if ahead is not None and not ahead.done():
             self.say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
@@ -182,13 +178,15 @@ class Trainer:
         self.byte_lengths = self.data.tokenizer.byte_lengths()
         self.doing = "laying out the model"
         start = partial(first_weights, config, checkpoint is None, self.say)
-        layout = lay_out(config, start, self.compiled, world, self.device)
+        with torch.device("meta"):
+            plan = plan_freezing(config.freeze, config.unfreeze, GPT(config.model))
+        layout = lay_out(config, start, self.compiled, world, self.device, plan.stages[0].names)
         self.model, self.objective = layout.model, layout.objective
-        self.graphs = FixedGraphs(self.device, expected_graphs(self.model, config.train) if self.compiled else 0)
-        self.optimizers = build_optimizers(config.optimizer, self.model, self.device.dtype, world.work_mesh, self.device.fused_adamw)
-        self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
+        self.graphs = FixedGraphs(self.device, kinds_of_graphs(self.model, config.train) if self.compiled else ())
+        self.unfreezing = Unfreezing(config, plan, self.model, self.objective, world, self.device)
+        self.optimizers, self.average = self.unfreezing.optimizers, self.unfreezing.average
         self.batches: Batches = OneBatch(self.data.batches) if config.train.overfit else self.data.batches
-        self.state = TrainingState(corpus=self.data.fingerprint)
+        self.state = TrainingState(corpus=self.data.fingerprint, frozen=layout.frozen)
         self.total_steps, self.total_seconds = run_length(config, self.batches, self.sequences)
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -208,24 +206,17 @@ class Trainer:
         if world.is_main:
             self.directory.describe(config, self.device, self.data.tokenizer)
             self.peak_flops = self.device.measured_peak()
+        if plan.freezes or config.layerwise_lr_decay < 1:
+            rows = self.unfreezing.rows()
+            self.say(write_table(rows))
+            if world.is_main:
+                self.directory.keep_table(rows)
         size = self.model.num_parameters() / 1e6
         self.say(f"model: {size:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
 
-    def _checkpoint(self) -> Path | None:
-        """The checkpoint to go on from; None: from the beginning, said aloud."""
-        checkpoint = newest_whole(self.directory.checkpoints, self.say)
-        if checkpoint is None:
-            self.say(f"no checkpoint in {self.directory.checkpoints} yet: starting at step 0")
-        return checkpoint
-
-    def _with_tokenizer(self, checkpoint: Path | None) -> RunConfig:
-        """The config, with the run's own copy of a pretrained tokenizer where that has gone and the run goes on."""
-        tokenizer, own = self.config.tokenizer, self.directory.path / "tokenizer.json"
-        if checkpoint is None or tokenizer.path is None or os.path.exists(tokenizer.path) or not own.is_file():
-            return self.config
-        return replace(self.config, tokenizer=replace(tokenizer, path=str(own)))
-
     def _resume(self, checkpoint: Path) -> None:
+        self.unfreezing.catch_up(read_state(checkpoint), self.graphs)
+        self.objective = self.unfreezing.objective
         averages = self.average.tensors() if self.average is not None else None
         state = load_checkpoint(checkpoint, self.model, self.optimizers, averages)
         if state.corpus != self.state.corpus:
@@ -319,8 +310,13 @@ class Trainer:
         config, state = self.config, self.state
         self.doing = f"training step {state.step + 1}"
         started = time.perf_counter()
-        progress = state.step / self.total_steps if self.total_steps else state.seconds / (self.total_seconds or 1)
-        set_learning_rate(self.optimizers, learning_rate_factor(config.schedule, state.step, self.total_steps, min(progress, 1.0)))
+        progress = min(state.step / self.total_steps if self.total_steps else state.seconds / (self.total_seconds or 1), 1.0)
+        while self.unfreezing.due(state, progress):
+            self.watching.say(self.unfreezing.begin(state, progress, self.graphs))
+            self.objective = self.unfreezing.objective
+            self.step.renew(self.objective)
+        where = (config.schedule, state.step, self.total_steps, progress)
+        set_learning_rate(self.optimizers, learning_rate_factor(*where), partial(warm_up, *where))
         with self.clock.part("data"):
             batch = self.queue.get(state.batch)
         torch.manual_seed(config.seed + (state.batch << 20) + self.world.data_rank)  # dropout, as a function of the batch alone
@@ -484,7 +480,3 @@ class Trainer:
             spent, capacity = self.clock.totals(), self.device.memory_limit()
             write_results(config, self.directory, state, model, self.data, held_out, spent, capacity, self.say)
         return Result(0, self.directory.path, state, held_out)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]

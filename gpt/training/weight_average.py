@@ -5,7 +5,7 @@ It lies where the weights lie, shard by shard, and is copied into the model to b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -36,6 +36,12 @@ class WeightAverage:
         device = next(iter(self._weights.values())).device
         self._updates = torch.zeros((), device=device)  # a tensor: steps that are left out are known to the device only
         self._swapped = False
+
+    def extend(self, names: Collection[str]) -> None:
+        """Follow more parameters, which begin to train now: so far their average is what they are."""
+        more = {name: p for name, p in self.model.named_parameters() if name in names}
+        self._weights |= more
+        self._averages |= {name: p.detach().clone() for name, p in more.items()}
 
     @torch.no_grad()
     def update(self, apply: Tensor | None = None) -> None:

@@ -25,9 +25,9 @@ from gpt.evaluation.perplexity import (
 )
 from gpt.model.config import GPTConfig
 from gpt.model.loss import IGNORE, LinearCrossEntropy
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.cpu import Cpu
-from gpt.runtime.parallel import NextTokenLoss
 from tests.evaluation.conftest import CONTEXT, make_model
 
 V, T = 50, 16

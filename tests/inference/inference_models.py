@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +95,7 @@ def make_run(run: Path, steps: tuple[int, ...] = (3, 7)) -> dict[int, GPT]:
     shape = ["model.n_layer=1", "model.n_head=2", "model.d_model=16", "model.context_length=32", "train.batch_tokens=64"]
     config = compose_run("pretrain", [*shape, "tokenizer=byte", "model.vocab_size=257"])
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     byte_tokenizer().save(run / "tokenizer.json")
     models = {}
     writer = CheckpointWriter(run / "checkpoints", Retention(keep_last=9))

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.neuron_sim import install
-from gpt.runtime.parallel import NextTokenLoss, _keep_products
+from gpt.runtime.parallel import _keep_products
 
 RECORD = install()
 OPTIONS = {"backend": "neuron", "dynamic": False, "fullgraph": True}

@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.distributed import World
-from gpt.runtime.parallel import NextTokenLoss, place_weights, split_matrices
+from gpt.runtime.parallel import place_weights, split_matrices
 from gpt.training.gradients import gradient_norm
 
 OPTIONS = {"backend": "neuron", "dynamic": False, "fullgraph": True}

@@ -14,10 +14,11 @@ import torch
 from gpt.config import ParallelConfig
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.cpu import Cpu
 from gpt.runtime.distributed import World, join_world, lost_the_others, waited_too_long
-from gpt.runtime.parallel import NextTokenLoss, checkpoint_activations
+from gpt.runtime.parallel import checkpoint_activations
 
 CONFIG = {"vocab_size": 50, "context_length": 16, "n_layer": 4, "n_head": 2, "d_model": 32, "dropout": 0.3}
 

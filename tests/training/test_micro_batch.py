@@ -5,11 +5,11 @@ from gpt.compose import compose_run
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.cpu import Cpu
 from gpt.runtime.memory import ROOM, case_of, needs
 from gpt.runtime.neuron import CHIPS, Neuron
-from gpt.runtime.parallel import NextTokenLoss
 from gpt.training.micro_batch import divisors, largest_by_formula, largest_that_fits, try_pass
 
 

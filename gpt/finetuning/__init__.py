@@ -1,0 +1,1 @@
+"""Ways to adapt a trained model: what is frozen and when, adapters, teachers, preferences, another tokenizer."""

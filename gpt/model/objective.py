@@ -1,0 +1,54 @@
+"""What is minimised: a model and its loss as one module, whose call DDP and FSDP can surround."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from gpt.model.loss import IGNORE, LinearCrossEntropy
+from gpt.model.transformer import GPT
+
+
+class NextTokenLoss(nn.Module):
+    """The sum of the losses of a batch's targets: the tokens that follow, or classes.
+
+    Args:
+        model: predicts.
+        loss: measures.
+
+    Attributes:
+        observer: in eval mode, told the hidden states (B, T, E) and the targets (B, T) of each pass, for figures besides the loss.
+    """
+
+    def __init__(self, model: GPT, loss: LinearCrossEntropy) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+        rows: Tensor | None = None,
+        states: Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """tokens, targets and documents (B, T) as in a `Batch`, rows as of `valid_rows` -> fp32 sum of the losses of the targets.
+
+        With states (B, T, E), what the blocks below `start` have made of the tokens, those are not run. Without, frozen ones at the bottom
+        are run without gradients, and nothing of them is kept for the backward pass.
+        """
+        depth = self.model.frozen_depth
+        if states is None and depth is not None:
+            states, start = self.model.frozen_states(tokens, documents), depth
+        hidden = self.model.hidden_states(tokens, documents=documents, states=states, start=start)
+        if self.observer is not None and not self.training:
+            self.observer(hidden, targets)
+        return self.loss(hidden, self.model.head.weight, targets, rows)
+
+    def units(self, targets: Tensor) -> int:
+        """What the sum of a batch's losses is divided by: how many of its targets (B, T) count."""
+        return int((targets != IGNORE).sum())
