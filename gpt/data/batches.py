@@ -25,7 +25,7 @@ class Batch:
     documents: Tensor | None
     """(B, T) int64: number of the document within the row, rising from 0, padding being one of its own; None: each row is one document."""
     numbers: Tensor | None = None
-    """(B,) int64, on the host: which row of the data each is, the same in every epoch; None: rows are cut anew in each."""
+    """(B,) int64, on the host: which row of the data each is, the same in every epoch, -1: padding; None: rows are cut anew in each."""
 
 
 class Batches(Protocol):

@@ -7,6 +7,7 @@ and every epoch has them in an order of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -260,8 +261,7 @@ def held_out_batches(corpus: Corpus, data: DataConfig, context_length: int, batc
     Raises:
         UserError: nothing is held out, or less than a row of it.
     """
-    parts = [_rows(corpus, part.held_out, data, context_length, (0,)) for part in corpus.parts]
-    parts = [part for part in parts if part.enough] or parts[:1]
+    parts = _held_out_parts(corpus, data, context_length)
     if not parts[0].enough:
         raise UserError(_too_little("the held-out part", parts[0]))
     every = [part.held_out(None) for part in parts]
@@ -269,7 +269,18 @@ def held_out_batches(corpus: Corpus, data: DataConfig, context_length: int, batc
     if limit is not None:
         every = [part.held_out(limit * len(rows) // total) for part, rows in zip(parts, every, strict=True)]
     chosen = [(part, int(row)) for part, rows in zip(parts, every, strict=True) for row in rows]
-    return (_together(chosen[first : first + batch], batch) for first in range(0, len(chosen), batch))
+    before = dict(zip(parts, np.cumsum([0, *(part.windows for part in parts)]).tolist(), strict=False))
+    return (_together(chosen[first : first + batch], batch, before) for first in range(0, len(chosen), batch))
+
+
+def count_held_out(corpus: Corpus, data: DataConfig, context_length: int) -> int:
+    """How many rows a run is validated on at most, of whose numbers each is below that."""
+    return sum(part.windows for part in _held_out_parts(corpus, data, context_length))
+
+
+def _held_out_parts(corpus: Corpus, data: DataConfig, context_length: int) -> list[TextWindows | ExampleRows]:
+    parts = [_rows(corpus, part.held_out, data, context_length, (0,)) for part in corpus.parts]
+    return [part for part in parts if part.enough] or parts[:1]
 
 
 def held_out_windows(tokens: TokenArray, context_length: int, limit: int | None = None) -> np.ndarray:
@@ -298,10 +309,14 @@ def _too_little(what: str, rows: TextWindows | ExampleRows) -> str:
     return f"data: {what} has no examples; give more, or another data.holdout"
 
 
-def _together(chosen: list[tuple[TextWindows | ExampleRows, int]], batch: int) -> Batch:
-    """Rows of one part or of several, and rows of padding up to `batch`."""
-    made = [part.make(np.array([row for of, row in chosen if of is part])) for part in dict.fromkeys(part for part, _ in chosen)]
+def _together(chosen: list[tuple[TextWindows | ExampleRows, int]], batch: int, before: dict[TextWindows | ExampleRows, int]) -> Batch:
+    """Rows of one part or of several, and rows of padding up to `batch`; `before`: how many rows come before each part's."""
+    made = []
+    for part in dict.fromkeys(part for part, _ in chosen):
+        rows = part.make(np.array([row for of, row in chosen if of is part]))
+        made.append(rows if rows.numbers is None else replace(rows, numbers=rows.numbers + before[part]))
     if missing := batch - len(chosen):
         nothing = torch.zeros(missing, made[0].tokens.shape[1], dtype=torch.int64)
-        made.append(Batch(nothing, torch.full_like(nothing, IGNORE_LABEL), None if made[0].documents is None else nothing))
+        documents, numbers = (None if made[0].documents is None else nothing), torch.full((missing,), -1)
+        made.append(Batch(nothing, torch.full_like(nothing, IGNORE_LABEL), documents, None if made[0].numbers is None else numbers))
     return made[0] if len(made) == 1 else join(made)

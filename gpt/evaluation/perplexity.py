@@ -136,7 +136,8 @@ def score_batches(
             batch = group[world.data_rank] if is_mine else replace(group[0], targets=torch.full_like(group[0].targets, IGNORE))
             documents = None if batch.documents is None else batch.documents.to(device.type)
             with device.autocast():
-                sums += nll(Batch(batch.tokens.to(device.type), batch.targets.to(device.type), documents)).cpu().double()
+                moved = Batch(batch.tokens.to(device.type), batch.targets.to(device.type), documents, batch.numbers)
+                sums += nll(moved).cpu().double()
             ids = batch.targets[batch.targets != IGNORE].numpy()
             counted += len(ids)
             n_bytes += int(byte_lengths[ids].sum())

@@ -19,6 +19,7 @@ class NextTokenLoss(nn.Module):
 
     Attributes:
         observer: in eval mode, told the hidden states (B, T, E) and the targets (B, T) of each pass, for figures besides the loss.
+        keep_states: given what frozen blocks at the bottom have made (B, T, E); what it returns is gone on with.
     """
 
     def __init__(self, model: GPT, loss: LinearCrossEntropy) -> None:
@@ -26,6 +27,7 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self.loss = loss
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.keep_states: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self,
@@ -44,6 +46,8 @@ class NextTokenLoss(nn.Module):
         depth = self.model.frozen_depth
         if states is None and depth is not None:
             states, start = self.model.frozen_states(tokens, documents), depth
+            if self.keep_states is not None:
+                states = self.keep_states(states)
         hidden = self.model.hidden_states(tokens, documents=documents, states=states, start=start)
         if self.observer is not None and not self.training:
             self.observer(hidden, targets)

@@ -15,7 +15,7 @@ from gpt.data.batches import Batch, Batches
 from gpt.data.config import DataConfig
 from gpt.data.conversations import chat_template_for
 from gpt.data.examples import ExampleSettings, recognise_format
-from gpt.data.loader import build_batches, held_out_batches
+from gpt.data.loader import build_batches, count_held_out, held_out_batches
 from gpt.data.plan import hash_of
 from gpt.data.prepare import Corpus, prepare_corpus
 from gpt.data.sources import ReadReport, open_source
@@ -48,6 +48,7 @@ class TrainingData:
         manifest: what the data is, for people and for the record.
         on_examples: whether rows are packed examples, rather than windows of text.
         held_out: (sequences of a batch, most tokens) -> batches to measure on.
+        rows: how many rows there are to train on ("train") and held out ("held_out"); 0 where they are cut anew in each epoch.
         prompts: (how many) -> beginnings of held-out texts.
     """
 
@@ -57,6 +58,7 @@ class TrainingData:
     manifest: dict[str, Any]
     on_examples: bool
     held_out: Callable[[int, int], Iterator[Batch]]
+    rows: dict[str, int]
     prompts: Callable[[int], list[Prompt]]
 
     def held_out_text(self, limit: int, most_bytes: int) -> str:
@@ -129,6 +131,7 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
         corpus.manifest,
         config.on_examples,
         lambda batch, limit: held_out_batches(corpus, data, length, batch, limit),
+        {"train": batches.windows, "held_out": count_held_out(corpus, data, length)} if config.on_examples else {"train": 0, "held_out": 0},
         lambda count: _held_out_prompts(corpus, count),
     )
 

@@ -12,13 +12,13 @@ from gpt.config import RunConfig, TrainConfig
 from gpt.finetuning.freezing import set_trainable
 from gpt.inference.loading import load_model
 from gpt.model.loss import LinearCrossEntropy
-from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
 from gpt.runtime.parallel import checkpoint_activations, place_weights, split_matrices, spread
 from gpt.training.checkpoint import digest
+from gpt.training.objectives import objective_for
 
 
 @dataclass
@@ -71,7 +71,7 @@ def lay_out(
         model.tie()
         assert not config.model.tie_embeddings or model.head.weight is model.embeddings.tokens.weight
     loss = LinearCrossEntropy(device.dtype)
-    objective = NextTokenLoss(model, loss)
+    objective = objective_for(config, model, loss)
     if config.parallel.tensor > 1 and divided:
         split_matrices(model, world)
     prepare_blocks(config.train, list(model.blocks))

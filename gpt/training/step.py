@@ -21,10 +21,8 @@ from gpt.runtime.distributed import World
 from gpt.runtime.parallel import accumulating, sum_partial_gradients, unwrapped
 from gpt.training.clock import StepClock
 from gpt.training.gradients import clip_factor, gradient_norm
+from gpt.training.objectives import Giver, given
 from gpt.training.weight_average import WeightAverage
-
-Giver = Callable[[Batch], dict[str, Any]]
-"""A part of a batch on the device, its `numbers` on the host -> arguments for the objective."""
 
 # A loss is a spike if it is so many standard deviations above the mean of the latest ones, and so much in proportion (after OLMo-core's
 # SkipStepOptimizer, which takes 6 deviations of the last 128 losses; here the averages are exponential, so that they are few numbers).
@@ -136,9 +134,9 @@ class Step:
         grad_clip: float,
         skip_spikes: bool,
         clock: StepClock,
-        givers: Sequence[Giver] = (),
+        givers: list[Giver] | None = None,
     ) -> None:
-        self.givers = givers
+        self.givers = givers or []
         self.objective, self.model, self.optimizers, self.average, self.counts = objective, model, optimizers, average, counts
         self.world, self.device, self.micro_batch, self.clock = world, device, micro_batch, clock
         self.grad_clip, self.skip_spikes = grad_clip, skip_spikes
@@ -166,8 +164,8 @@ class Step:
             part, learned = self._part(batch, first)
             with accumulating(self.objective, self.world, last=first + self.micro_batch >= rows):
                 with self.clock.part("forward"), self.device.autocast():
-                    given = self._given(part)
-                    loss = self.objective(part.tokens, part.targets, part.documents, learned, **given)
+                    more = given(self.givers, part)
+                    loss = self.objective(part.tokens, part.targets, part.documents, learned, **more)
                 with self.clock.part("backward"):
                     loss.backward()
             nll += loss.detach()
@@ -175,14 +173,10 @@ class Step:
             self._update(nll, cast(NextTokenLoss, unwrapped(self.objective)).units(batch.targets), measure)
         return True
 
-    @torch.no_grad()
-    def _given(self, part: Batch) -> dict[str, Any]:
-        """What the givers add to a pass."""
-        return {name: value for giver in self.givers for name, value in giver(part).items()}
-
-    def renew(self, objective: nn.Module) -> None:
-        """Train what trains now, by this objective, after a stage of the plan has begun."""
-        self.objective, self.trainable = objective, [p for p in self.model.parameters() if p.requires_grad]
+    def renew(self, objective: nn.Module, givers: list[Giver]) -> None:
+        """Train what trains now, by this objective and with these givers, after a stage of the plan has begun."""
+        self.objective, self.givers = objective, givers
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def _update(self, nll: Tensor, targets: int, measure: bool) -> None:

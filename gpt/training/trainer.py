@@ -46,6 +46,7 @@ from gpt.training.failures import explained
 from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
 from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_by_formula, largest_that_fits, try_pass
+from gpt.training.objectives import Givers, given, givers_for
 from gpt.training.optimizer import set_learning_rate
 from gpt.training.profile import Profiler
 from gpt.training.progress import say
@@ -90,6 +91,7 @@ class Trainer:
         with torch.device("meta"):
             plan_freezing(config.freeze, config.unfreeze, GPT(expected_model(config)))  # before anything is written or read
         self.config = config
+        self.givers = Givers()
         self.doing, self.micro_batch, self.compiled = "setting up", 1, False  # for errors that say where a process waited or ran full
 
     def fit(self) -> Result:
@@ -200,7 +202,7 @@ class Trainer:
         self.counts = Counts(self.state, self.device)
         self.step = Step(
             self.objective, self.model, self.optimizers, self.average, self.counts, world, self.device, self.micro_batch,
-            config.train.grad_clip, config.train.spike != "none", self.clock,
+            config.train.grad_clip, config.train.spike != "none", self.clock, self._new_givers().train,
         )  # fmt: skip
         self.peak_flops = self.device.peak_flops
         if world.is_main:
@@ -228,6 +230,13 @@ class Trainer:
         if isinstance(self.data.batches, StreamingBatches) and state.stream is not None:
             self.data.batches.load_state_dict(state.stream)
         self.say(f"resuming from {checkpoint} at step {state.step}")
+
+    def _new_givers(self) -> Givers:
+        """What adds to each pass, with what trains now."""
+        self.givers.close()
+        epochs = self.total_steps * self.sequences / self.data.rows["train"] if self.total_steps and self.data.rows["train"] else None
+        self.givers = givers_for(self.config, self.objective, self.data, self.state, epochs, self.device, self.world, self.say)
+        return self.givers
 
     # The loop
 
@@ -314,7 +323,7 @@ class Trainer:
         while self.unfreezing.due(state, progress):
             self.watching.say(self.unfreezing.begin(state, progress, self.graphs))
             self.objective = self.unfreezing.objective
-            self.step.renew(self.objective)
+            self.step.renew(self.objective, self._new_givers().train)
         where = (config.schedule, state.step, self.total_steps, progress)
         set_learning_rate(self.optimizers, learning_rate_factor(*where), partial(warm_up, *where))
         with self.clock.part("data"):
@@ -403,7 +412,7 @@ class Trainer:
         """The loss of the weights, or of their average where there is one, on held-out text, shared out among the processes."""
 
         def nll(batch: Batch) -> Tensor:
-            return self.objective(batch.tokens, batch.targets, batch.documents)
+            return self.objective(batch.tokens, batch.targets, batch.documents, **given(self.givers.held_out, batch))
 
         batches = self.data.held_out(self.micro_batch, limit)
         swapped = self.average.swapped() if self.average is not None else contextlib.nullcontext()
