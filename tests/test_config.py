@@ -56,13 +56,16 @@ def compose(*arguments: str) -> RunConfig:
 def test_every_option_composes_and_validates(group, option):
     arguments = [f"{group}={option}", *NEEDS.get((group, option), [])]
     config = compose_use("inspect", arguments) if (group, option) in NOT_TEXT else compose(*arguments)
-    values = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    text = (CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
     values.pop("defaults", None)
     composed = plain(config)
-    for key, value in leaves(values if group not in composed else {group: values}):  # each value arrives
+    for key, value in leaves(values if text.startswith("# @package _global_") else {group: values}):  # each value arrives
         section = composed
         for part in key.split("."):
             section = section[part]
+        if isinstance(section, list) and any(isinstance(item, dict) for item in section):  # of sections, each says a part
+            section = [{k: whole[k] for k in said} for whole, said in zip(section, value, strict=True)]
         assert section == value or (key.startswith("model.") and value == 0), key
     assert from_dict(type(config), plain(config)) == config
 

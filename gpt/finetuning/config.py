@@ -28,9 +28,9 @@ class FreezeConfig:
     only_last_n_blocks: int | None = None
     """All blocks but the last so many, and the embeddings; null: this says nothing."""
     patterns: list[str] = field(default_factory=list)
-    """Parameters or modules by name, with * for anything: blocks.*.feedforward.*"""
+    """Parameters or modules by name, with * for anything, such as blocks.*.feedforward."""
     except_: list[str] = field(default_factory=list)
-    """Patterns of what trains although a key above freezes it: *norm*"""
+    """Patterns of what trains although a key above freezes it, such as *norm*."""
     untie: bool = False
     """Give a head that shares the embedding's weights a copy of its own, so that one can be frozen without the other."""
     cache: Literal["auto", "off"] = "auto"

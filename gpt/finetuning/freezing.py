@@ -211,6 +211,7 @@ def set_trainable(model: GPT, names: frozenset[str]) -> None:
         embeddings |= name.startswith("embeddings.")
         if block := re.match(r"blocks\.(\d+)\.", name):
             lowest = min(lowest, int(block[1]))
+    model.train(model.training)  # what is frozen as a whole is in eval mode from now on, the rest no longer
     # A tied embedding that trains does so at both ends, so then nothing below the head is out of its gradient's way.
     model.frozen_depth = None if embeddings else lowest
 

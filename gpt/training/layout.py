@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class Layout:
 
     model: GPT
     objective: nn.Module
-    frozen: dict[str, str]
+    frozen: dict[str, str] = field(default_factory=dict)
 
 
 def lay_out(

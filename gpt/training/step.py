@@ -136,7 +136,7 @@ class Step:
         clock: StepClock,
         givers: list[Giver] | None = None,
     ) -> None:
-        self.givers = givers or []
+        self.givers, self._units = givers or [], cast(NextTokenLoss, unwrapped(objective)).units
         self.objective, self.model, self.optimizers, self.average, self.counts = objective, model, optimizers, average, counts
         self.world, self.device, self.micro_batch, self.clock = world, device, micro_batch, clock
         self.grad_clip, self.skip_spikes = grad_clip, skip_spikes
@@ -170,7 +170,7 @@ class Step:
                     loss.backward()
             nll += loss.detach()
         with self.clock.part("optimizer"):
-            self._update(nll, cast(NextTokenLoss, unwrapped(self.objective)).units(batch.targets), measure)
+            self._update(nll, self._units(batch.targets), measure)
         return True
 
     def renew(self, objective: nn.Module, givers: list[Giver]) -> None:

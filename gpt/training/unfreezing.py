@@ -67,7 +67,6 @@ class Unfreezing:
     def _extend(self, stage: int, since: tuple[int, float]) -> frozenset[str]:
         names = self.plan.stages[stage].names
         set_trainable(self.model, self.plan.trainable(stage + 1))
-        self.model.train(self.model.training)
         more = {name: p for name, p in self.model.named_parameters() if name in names}
         extend_optimizers(self.optimizers, self._config.optimizer, more, *self._arguments, since=since)
         if self.average is not None:

@@ -213,7 +213,7 @@ def no_rotation(layout: Layout) -> None:
 
 def ignores_documents(layout: Layout) -> None:
     given = layout.model.hidden_states
-    layout.model.hidden_states = lambda tokens, cache=None, documents=None: given(tokens, cache)
+    layout.model.hidden_states = lambda tokens, cache=None, documents=None, **way: given(tokens, cache, **way)
 
 
 def wrong_loss(layout: Layout) -> None:
