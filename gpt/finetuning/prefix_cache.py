@@ -55,11 +55,20 @@ class PrefixCache:
         self._objective, self._stores, self._device, self._world, self._say = objective, stores, device, world, say
         self._depth = objective.model.frozen_depth
         self._now: tuple[str, Batch] | None = None
+        self._asked = self._read = 0  # passes to train on since `share_read`
         objective.keep_states = self._keep
 
     def train(self, part: Batch) -> dict[str, Any]:
         """The states of rows to train on, as arguments for the objective; none where they are not all there."""
-        return self._given("train", part)
+        found = self._given("train", part)
+        self._asked, self._read = self._asked + 1, self._read + bool(found)
+        return found
+
+    def share_read(self) -> float:
+        """The share of the passes to train on since the last call for which nothing had to be computed."""
+        share = self._read / self._asked if self._asked else 0.0
+        self._asked = self._read = 0
+        return share
 
     def held_out(self, part: Batch) -> dict[str, Any]:
         """The states of held-out rows."""

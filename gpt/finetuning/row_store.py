@@ -83,8 +83,9 @@ class RowStore:
         os.utime(file)  # when it was used last
 
     def holds(self, numbers: np.ndarray) -> bool:
-        """Whether all these rows are there and whole; a negative number is of a row that is kept nowhere."""
-        if len(numbers) == 0 or numbers.min() < 0 or not (self._sums[numbers] != _BLANK).all():
+        """Whether all these rows are there and whole; negative numbers are of padding, which is always there."""
+        numbers = numbers[numbers >= 0]
+        if not (self._sums[numbers] != _BLANK).all():
             return False
         for number in numbers[~self._known[numbers]].tolist():
             if _checksum(self._bytes[number]) != self._sums[number]:
@@ -93,12 +94,13 @@ class RowStore:
         return True
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """(n, *shape) on the CPU: the rows of these numbers, which `holds` has found."""
+        """(n, *shape) on the CPU: the rows of these numbers, which `holds` has found; zeros for padding."""
         rows = torch.from_numpy(self._bytes[numbers])
+        rows[torch.from_numpy(numbers < 0)] = 0
         return rows.view(self.dtype).view(len(numbers), *self.shape)
 
     def write(self, numbers: np.ndarray, rows: Tensor) -> None:
-        """Keep rows (n, *shape), on the CPU, in the store's dtype, under these numbers; negative ones are left out.
+        """Keep rows (n, *shape), on the CPU, in the store's dtype, under these numbers; padding is left out.
 
         Raises:
             OSError: the disk is full.

@@ -219,13 +219,28 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return total if embeddings else total - sum(p.numel() for p in self.embeddings.parameters())
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, skipped: float = 0.0) -> int:
         """Floating-point operations to train on one token: 6 per matrix parameter, 12 n_layer n_head head_dim T for
-        attention (PaLM, 2022, appendix B), the head counted, the embedding look-up not."""
+        attention (PaLM, 2022, appendix B), the head counted, the embedding look-up not.
+
+        Of these a third is the forward pass, a third the gradients of what a matrix is given, and a third those of its own, so a frozen
+        matrix costs 4 per parameter, and one of the frozen blocks at the bottom 2.
+
+        Args:
+            skipped: the share of the tokens for which the frozen blocks at the bottom are not run.
+        """
         config = self.config
-        matrices = sum(p.numel() for name, p in self.blocks.named_parameters() if p.dim() == 2)
-        head = config.vocab_size * config.d_model
-        return 6 * (matrices + head) + 12 * config.n_layer * config.n_head * config.head_dim * config.context_length
+        attention = 4 * config.n_head * config.head_dim * config.context_length
+        depth, total = self.frozen_depth or 0, 0.0
+        for number, block in enumerate(self.blocks):
+            matrices = [p for p in block.parameters() if p.dim() == 2]
+            size = sum(p.numel() for p in matrices)
+            if number < depth:
+                total += (1 - skipped) * (2 * size + attention)
+            else:
+                total += 4 * size + 2 * sum(p.numel() for p in matrices if p.requires_grad) + 3 * attention
+        below_learns = depth < config.n_layer or any(p.requires_grad for p in self.final_norm.parameters())
+        return round(total) + config.vocab_size * config.d_model * (2 + 2 * below_learns + 2 * self.head.weight.requires_grad)
 
     @classmethod
     def from_pretrained(

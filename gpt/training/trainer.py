@@ -362,7 +362,11 @@ class Trainer:
             "grad_norm": self.step.grad_norm.item(),
             "update_norm": update_norm.item() if update_norm is not None else None,
             "tokens_per_second": rate,
-            "mfu": rate * self.model.flops_per_token() / (self.peak_flops * self.world.size) if self.peak_flops else None,
+            "mfu": rate
+            * self.model.flops_per_token(self.givers.prefix.share_read() if self.givers.prefix else 0.0)
+            / (self.peak_flops * self.world.size)
+            if self.peak_flops
+            else None,
             "data_wait": times["time_data"] * self.timed_steps / self.busy,
             **times,
             "share_evaluation": spent["evaluation"] / wall,

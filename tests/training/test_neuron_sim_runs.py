@@ -17,7 +17,7 @@ from gpt.compose import compose_run
 from gpt.config import RunConfig
 from tests.training.conftest import settings
 from tests.training.finetuning import SUMS, save_small_model, write_rows
-from tests.training.test_processes import ROOT, TEXT, assert_same_losses, curve, launch
+from tests.training.test_processes import FREEZING, ROOT, TEXT, assert_same_losses, curve, launch
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="the simulated device needs torch 2.13, as TorchNeuron does"
@@ -40,11 +40,11 @@ def pretrain(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., sub
 
 @pytest.fixture
 def examples_run(tmp_path: Path, cache_dir: Path) -> Callable[..., RunConfig]:
-    """Fine-tuning on masked examples of uneven length; `frozen` in the name of the run freezes the embeddings and the first block."""
+    """Fine-tuning on masked examples of uneven length, with frozen parts."""
     model, rows = save_small_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", SUMS)
 
     def make(*overrides: str) -> RunConfig:
-        data = ["data=jsonl", f"data.paths=[{rows}]", f"init={model}", "data.packing=none", "train.batch_tokens=512"]
+        data = ["data=jsonl", f"data.paths=[{rows}]", f"init={model}", "data.packing=none", "train.batch_tokens=512", *FREEZING]
         return compose_run("finetune", [*settings(tmp_path, cache_dir), *data, "train.budget=20steps", "optimizer=muon", *overrides])
 
     return make

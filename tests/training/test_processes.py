@@ -63,16 +63,22 @@ def assert_same_losses(run: Path, reference: Path, steps: int) -> None:
     assert curve(run, "tokens") == curve(reference, "tokens")
 
 
+# The embeddings and the first block are frozen; in the second epoch, from step 15 on, they are not run; at last the block trains too.
+FREEZING = ["freeze=first_n", "freeze.first_n_blocks=1", "unfreeze=[{at: 18, blocks: '0'}]", "layerwise_lr_decay=0.9", "train.ema=0.9"]
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_has_the_losses_of_one_process(text_run, tmp_path, cache_dir, processes):
-    """Text with accumulation, clipping, Muon and an average; masked examples of uneven length with frozen parts; 20 steps each."""
+    """Text with accumulation, clipping, Muon and an average; masked examples of uneven length, of which frozen parts are computed once and
+    begin to train at last; 20 steps each."""
     model = save_small_model(tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl", SUMS)
     examples = ["data=jsonl", f"data.paths=[{rows}]", f"init={model}", "data.packing=none"]
     examples += ["train.batch_tokens=512", "train.budget=20steps", "optimizer=muon"]
 
     def runs(name: str, *layout: str) -> dict[str, RunConfig]:
-        finetune = compose_run("finetune", [*settings(tmp_path, cache_dir), *examples, *layout])
+        own = [f"data.cache_dir={tmp_path / f'cache-{name}'}", *FREEZING]
+        finetune = compose_run("finetune", [*settings(tmp_path, cache_dir), *examples, *own, *layout])
         return {f"text-{name}": text_run(*TEXT, *layout), f"examples-frozen-{name}": finetune}
 
     launch(runs("one", "train.micro_batch=4"), tmp_path / "one", 1)
