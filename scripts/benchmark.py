@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_checkpoint import checkpoints
 from benchmark_data import batches, encoding
+from benchmark_freezing import freezing
 from benchmark_inference import cache, decode, first_token, load
 from benchmark_preparation import preparation
 from benchmark_quality import time_to_quality
@@ -180,7 +181,7 @@ def startup() -> None:
 BENCHMARKS = {
     "startup": startup, "attention": attention, "loss": loss, "step": step, "documents": documents,
     "encoding": encoding, "batches": batches, "preparation": preparation,
-    "training": training, "trainer_overhead": trainer_overhead, "quality": time_to_quality, "checkpoints": checkpoints,
+    "training": training, "freezing": freezing, "trainer_overhead": trainer_overhead, "quality": time_to_quality, "checkpoints": checkpoints,
     "decode": decode, "cache": cache, "first_token": first_token, "load": load,
 }  # fmt: skip
 

@@ -222,11 +222,11 @@ CANDIDATES: dict[str, Callable[[Pace], None]] = {
 class Candidate:
     """A candidate's process, seen from outside."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, script: str = __file__) -> None:
         self.name = name
         self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (open as long as the process is)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
-        self.process = subprocess.Popen([sys.executable, __file__, name], **pipes)
+        self.process = subprocess.Popen([sys.executable, script, name], **pipes)
 
     def run(self, steps: int) -> float | None:
         """Seconds a step; None if the process has ended."""
@@ -351,14 +351,15 @@ def trainer_overhead(pairs: int = 50) -> None:
     print(f"\n- our loop over the bare step, {len(found)} pairs: {middle:+.1%} (quartiles {low:+.1%}, {high:+.1%}); mean {mean:+.1%}")
 
 
-def _main() -> None:
+def end() -> None:
+    """A candidate's last words: its peak memory in MB."""
     import resource
 
-    try:
-        CANDIDATES[sys.argv[1]](Pace())
-    except NoMoreSteps:
-        print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 2**20)}", flush=True)
+    print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 2**20)}", flush=True)
 
 
 if __name__ == "__main__":
-    _main()
+    try:
+        CANDIDATES[sys.argv[1]](Pace())
+    except NoMoreSteps:
+        end()

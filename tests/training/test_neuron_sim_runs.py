@@ -71,7 +71,9 @@ def test_two_processes_have_the_losses_of_one(text_run, examples_run, tmp_path):
     layouts = {"ddp": ["parallel=ddp"], "fsdp": ["parallel=fsdp"], "tensor": ["parallel=ddp", "parallel.tensor=2"]}
     launch({"text-one": text_run(*TEXT, "train.micro_batch=4"), "frozen-one": examples_run("train.micro_batch=4")}, tmp_path / "one", 1)
     configs = {f"text-{name}": text_run(*TEXT, "train.micro_batch=4", *layout, *SIM) for name, layout in layouts.items()}
-    configs |= {f"frozen-{name}": examples_run("train.micro_batch=4", *layouts[name], *SIM) for name in ("ddp", "fsdp")}
+    for name in ("ddp", "fsdp"):  # each with a cache of its own for what frozen blocks make
+        own = f"data.cache_dir={tmp_path / f'cache-{name}'}"
+        configs[f"frozen-{name}"] = examples_run("train.micro_batch=4", *layouts[name], *SIM, own)
     launch(configs, tmp_path / "two", 2)
     for name in configs:
         run = tmp_path / "runs" / name

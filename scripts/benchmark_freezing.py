@@ -1,0 +1,169 @@
+"""Fine-tuning with frozen layers, and with adapters, against transformers.Trainer and peft: `make bench ARGS=freezing`.
+
+GPT-2's shape, 12 layers, the embeddings (and with them the tied head) and the first 10 blocks frozen. As in `benchmark_training`, every
+candidate runs in a process of its own and they take turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_training import Candidate, NoMoreSteps, Pace, end
+from torch import Tensor
+
+VOCAB, BATCH, LENGTH, LAYERS, HEADS, WIDTH, FROZEN = 8192, 16, 256, 12, 6, 384, 10
+TOKENS = BATCH * LENGTH
+RANK = 8
+ROWS = 1 << 15  # that there may be; the file is as large as what has been written of it
+STEPS, ROUNDS = 4, 9
+MODEL = [
+    "model=gpt2-mini", f"model.n_layer={LAYERS}", f"model.context_length={LENGTH}", f"model.vocab_size={VOCAB}", "optimizer=finetune",
+    f"train.batch_tokens={TOKENS}",
+]  # fmt: skip
+FREEZE = ["freeze=first_n", f"freeze.first_n_blocks={FROZEN}"]
+LORA = [f"lora.rank={RANK}", "lora.targets=[attention.q,attention.k,attention.v]"]
+
+
+def ours(pace: Pace, settings: list[str], epochs: str = "") -> None:
+    """This project's step, as its trainer does it.
+
+    Args:
+        pace: of the benchmark.
+        settings: of the config, besides the model.
+        epochs: `first`: what frozen blocks make is kept on disk; `later`: it is there already; empty: there is nothing to keep.
+    """
+    from gpt.compose import compose_run
+    from gpt.data.batches import Batch
+    from gpt.finetuning.freezing import plan_freezing
+    from gpt.finetuning.prefix_cache import PrefixCache
+    from gpt.finetuning.row_store import RowStore
+    from gpt.model.objective import NextTokenLoss
+    from gpt.model.transformer import GPT
+    from gpt.runtime.allocator import keep_freed_memory
+    from gpt.runtime.cpu import Cpu
+    from gpt.runtime.distributed import World
+    from gpt.training.checkpoint import TrainingState
+    from gpt.training.clock import StepClock
+    from gpt.training.layout import lay_out
+    from gpt.training.optimizer import set_learning_rate
+    from gpt.training.step import Counts, Step
+    from gpt.training.unfreezing import Unfreezing
+
+    keep_freed_memory()
+    config, device, world = compose_run("pretrain", [*MODEL, *settings]), Cpu("CPU", torch.bfloat16), World()
+    plan = plan_freezing(config.freeze, config.unfreeze, GPT(config.model, lora=config.lora))
+    layout = lay_out(config, lambda: GPT(config.model, lora=config.lora), True, world, device, plan.stages[0].names)
+    assert isinstance(layout.objective, NextTokenLoss)
+    trains = Unfreezing(config, plan, layout.model, layout.objective, world, device)
+    set_learning_rate(trains.optimizers, 1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        givers = []
+        if epochs:
+            store = RowStore(Path(folder) / "rows", {}, ROWS, (LENGTH, WIDTH), device.dtype)
+            givers = [PrefixCache(layout.objective, {"train": store}, device, world, print).train]
+        counts, clock = Counts(TrainingState(), device), StepClock(device)
+        step = Step(layout.objective, layout.model, trains.optimizers, None, counts, world, device, BATCH, 1.0, False, clock, givers)
+        layout.objective.train()
+        made: list[Batch] = []
+        first = 0
+        while True:
+            if epochs != "later" or len(made) < 3:
+                tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1))
+                numbers = torch.arange(first, first + BATCH)
+                made.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, numbers))
+                batch = made[-1]
+                first += BATCH
+            else:
+                batch = made[counts.values["losses"].item() % 3]
+            pace.step()
+            step(batch)
+
+
+def trainer(pace: Pace, frozen: bool = False, rank: int = 0, **settings: Any) -> None:
+    """transformers.Trainer, with the same layers frozen, or with peft's adapters."""
+    import transformers
+
+    class Paced(transformers.TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            pace.step()
+
+    class Tokens(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 1 << 20
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            tokens = torch.randint(VOCAB, (LENGTH,))
+            return {"input_ids": tokens, "labels": tokens}
+
+    none: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape = transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=LENGTH, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, bos_token_id=0, eos_token_id=0, **none
+    )
+    model: Any = transformers.GPT2LMHeadModel(shape)
+    if frozen:
+        for part in (model.transformer.wte, model.transformer.wpe, *model.transformer.h[:FROZEN]):
+            part.requires_grad_(False)
+    if rank:
+        import peft  # pyright: ignore[reportMissingImports]
+
+        adapters = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, adapters)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=BATCH, max_steps=1 << 16, use_cpu=True, dataloader_num_workers=0,
+            report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, bf16=True, **settings,
+        )  # fmt: skip
+        transformers.Trainer(model, arguments, train_dataset=Tokens(), callbacks=[Paced()]).train()
+
+
+CANDIDATES: dict[str, Callable[[Pace], None]] = {
+    "ours, nothing frozen": partial(ours, settings=[]),
+    "ours, frozen, first epoch": partial(ours, settings=FREEZE, epochs="first"),
+    "ours, frozen, from the second epoch on": partial(ours, settings=FREEZE, epochs="later"),
+    "Trainer, nothing frozen": trainer,
+    "Trainer, frozen": partial(trainer, frozen=True),
+    "Trainer, frozen, torch_compile": partial(trainer, frozen=True, torch_compile=True),
+    f"ours, LoRA of rank {RANK} on q, k, v": partial(ours, settings=LORA),
+    f"peft + Trainer, LoRA of rank {RANK} on c_attn": partial(trainer, rank=RANK),
+    f"peft + Trainer, LoRA of rank {RANK} on c_attn, torch_compile": partial(trainer, rank=RANK, torch_compile=True),
+}
+
+
+def freezing() -> None:
+    """A step of fine-tuning, ours and others', in turn: speed and memory."""
+    print(f"\n### A step of fine-tuning, bf16, {LAYERS} layers, {WIDTH} wide, vocabulary {VOCAB:,}, B {BATCH} x T {LENGTH}")
+    print(f"Frozen: the embeddings, the head that shares their weights, and the first {FROZEN} blocks.\n")
+    running = []
+    for name in CANDIDATES:
+        candidate = Candidate(name, __file__)
+        if candidate.run(3) is None:
+            print(f"- left out: {name}: {candidate.problem()}")
+        else:
+            running.append(candidate)
+    turns: dict[str, list[float]] = {candidate.name: [] for candidate in running}
+    for _ in range(ROUNDS):
+        for candidate in running:
+            seconds = candidate.run(STEPS)
+            assert seconds is not None, candidate.problem()
+            turns[candidate.name].append(seconds)
+    memory = {candidate.name: candidate.finish() or 0.0 for candidate in running}
+    seconds = {name: statistics.median(s) for name, s in turns.items()}
+    peers = {kind: min((s for name, s in seconds.items() if name.startswith(kind)), default=None) for kind in ("Trainer, frozen", "peft")}
+    print("| | tokens/s | of the best peer's | peak memory, MB |\n| --- | ---: | ---: | ---: |")
+    for name, s in seconds.items():
+        peer = peers["peft"] if "LoRA" in name else peers["Trainer, frozen"] if "frozen, " in f"{name}, " else None
+        print(f"| {name} | {TOKENS / s:,.0f} | {f'{peer / s:.2f}' if peer else ''} | {memory[name]:,.0f} |")
+
+
+if __name__ == "__main__":
+    try:
+        CANDIDATES[sys.argv[1]](Pace())
+    except NoMoreSteps:
+        end()
