@@ -181,7 +181,8 @@ def startup() -> None:
 BENCHMARKS = {
     "startup": startup, "attention": attention, "loss": loss, "step": step, "documents": documents,
     "encoding": encoding, "batches": batches, "preparation": preparation,
-    "training": training, "freezing": freezing, "trainer_overhead": trainer_overhead, "quality": time_to_quality, "checkpoints": checkpoints,
+    "training": training, "trainer_overhead": trainer_overhead, "freezing": freezing, "quality": time_to_quality,
+    "checkpoints": checkpoints,
     "decode": decode, "cache": cache, "first_token": first_token, "load": load,
 }  # fmt: skip
 
