@@ -45,6 +45,11 @@ class Family:
     aliases: dict[str, str] = field(default_factory=dict)
     """Second names of keys, which count before the first."""
 
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether its matrices lie (in, out)."""
+        return any(layout == "conv1d" for _, _, layout, _ in self.modules)
+
 
 def _llama_like(class_name: str, qkv_bias: bool | str, out_bias: bool | str, mlp_bias: bool | str, qk_norm: bool = False) -> Family:
     head_norms: tuple[ModuleEntry, ...] = (

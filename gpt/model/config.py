@@ -1,4 +1,4 @@
-"""GPTConfig: every choice that defines a GPT's shape, checked when it is made.
+"""GPTConfig: every choice that defines a GPT's shape, checked when it is made; and LoRAConfig, which adapters it gets.
 
 A config is accepted only if a stock `transformers` architecture can hold it exactly (`stock_architecture`),
 so whatever is trained here can be served elsewhere. Imports no torch: the command line reads it.
@@ -6,8 +6,11 @@ so whatever is trained here can be served elsewhere. Imports no torch: the comma
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal, get_args, get_origin, get_type_hints
 
 Architecture = Literal["GPT2", "Llama", "Qwen2", "Qwen3", "GPTNeoX"]
@@ -172,15 +175,90 @@ class GPTConfig:
 
 @dataclass
 class LoRAConfig:
-    """Low-rank adapters beside frozen projections (Hu et al., "LoRA", 2021)."""
+    """Low-rank adapters (Hu et al., "LoRA", 2021): the weights stay as they are, and each chosen matrix W becomes W + alpha / rank B A.
+
+    Raises:
+        ValueError: a rank, alpha or dropout that cannot be.
+    """
 
     rank: int = 0
-    """Of the adapters; 0: none, and everything that is not frozen trains."""
+    """Rank of every adapter; 8 is usual. 0: no adapters, the weights themselves train."""
     alpha: float = 16.0
-    """What an adapter adds is multiplied by alpha / rank."""
+    """Adapters count alpha / rank times, so that another rank needs no other learning rate."""
     dropout: float = 0.0
-    """Of what an adapter reads, while training."""
-    targets: list[str] = field(default_factory=lambda: ["attention.q", "attention.v"])
-    """Projections that get an adapter, by name within a block, with * for anything: attention.*, feedforward.down."""
+    """Of what adapters read, while training."""
+    targets: list[str] = field(default_factory=lambda: ["attention", "feedforward"])
+    """Which projections get one: attention.{q,k,v,out}, feedforward.{up,gate,down}; a name, the end or the beginning of one, or a
+    pattern: [q, v], [feedforward], ["blocks.1?.attention.*"]."""
     dora: bool = False
-    """Learn each output's magnitude apart from its direction (Liu et al., "DoRA", 2024)."""
+    """Also learn the length of each row of W (Liu et al., "DoRA", 2024): closer to full fine-tuning, and a fifth slower."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank={self.rank} must be at least 1, such as 8; 0 is no adapters")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha} must be greater than 0 and finite; usual are rank and twice the rank")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+    def modules(self, config: GPTConfig) -> list[str]:
+        """The names of the matrices that get an adapter in a model of this shape, in its order.
+
+        Raises:
+            ValueError: a target names none; the message has the nearest that does.
+        """
+        if not self.rank:
+            return []
+        names = list(_projections(config))
+        chosen: set[str] = set()
+        for target in self.targets:
+            found = [name for name in names if _names(target, name)]
+            if not found:
+                raise ValueError(f"targets: {_no_target(target, names, config)}")
+            chosen.update(found)
+        if not chosen:
+            raise ValueError("targets=[]: no projection is named, so nothing would train; leave it out for all of them")
+        return [name for name in names if name in chosen]
+
+
+# What PEFT's users call these projections in the stock architectures.
+_STOCK_PROJECTIONS = {
+    "q_proj": "attention.q", "k_proj": "attention.k", "v_proj": "attention.v", "o_proj": "attention.out", "dense": "attention.out",
+    "c_attn": "attention.q, attention.k and attention.v", "query_key_value": "attention.q, attention.k and attention.v",
+    "up_proj": "feedforward.up", "gate_proj": "feedforward.gate", "down_proj": "feedforward.down", "c_fc": "feedforward.up",
+    "dense_h_to_4h": "feedforward.up", "dense_4h_to_h": "feedforward.down", "c_proj": "attention.out and feedforward.down",
+    "query": "attention.q", "key": "attention.k", "value": "attention.v", "qkv": "attention.q, attention.k and attention.v",
+    "attn": "attention", "self_attn": "attention", "mlp": "feedforward", "all-linear": "attention and feedforward, the default",
+}  # fmt: skip
+
+
+def _projections(config: GPTConfig) -> Iterator[str]:
+    """Every matrix inside the blocks."""
+    inner = ("up", "gate", "down") if config.activation == "swiglu" else ("up", "down")
+    for layer in range(config.n_layer):
+        yield from (f"blocks.{layer}.attention.{name}" for name in ("q", "k", "v", "out"))
+        yield from (f"blocks.{layer}.feedforward.{name}" for name in inner)
+
+
+def _names(target: str, name: str) -> bool:
+    """Whether a target is a module's name, a run of its parts, or a pattern of either."""
+    parts = name.split(".")
+    runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+    return any(fnmatchcase(run, target) for run in runs if not run.isdigit())
+
+
+def _no_target(target: str, names: Iterable[str], config: GPTConfig) -> str:
+    short = list(dict.fromkeys(name.split(".", 2)[2] for name in names))
+    there = f"There are: {', '.join(short)}, in blocks.0 to blocks.{config.n_layer - 1}"
+    if stock := _STOCK_PROJECTIONS.get(target.rpartition(".")[2]):
+        return f"{target} is {stock} here. {there}"
+    if target.partition(".")[0] in ("head", "embeddings"):
+        return f"{target} gets no adapter, only matrices inside blocks do. {there}"
+    known = [*short, *(name.partition(".")[2] for name in short), "attention", "feedforward", *names]
+    close = difflib.get_close_matches(target, known, 1, 0.5)
+    return f"no projection is called {target}{f'. Did you mean {close[0]}?' if close else '.'} {there}"

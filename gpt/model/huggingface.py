@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from gpt.model.architectures import FAMILIES, StoredTensor, complete, from_hf_config, stored_tensors, to_hf_config
 from gpt.model.config import GPTConfig
+from gpt.model.lora import LoRALinear, adapted, adapter_parameters, merge
+from gpt.model.peft_files import base_of, is_adapter_folder, load_adapter
 from gpt.model.transformer import GPT
 from gpt.model.weight_files import INDEX, TOKENIZER_FILES, WEIGHTS, TensorHeader, find_checkpoint, read_headers, read_json, read_tensors
 
@@ -47,7 +49,8 @@ def load_pretrained(
 
     Args:
         cls: GPT or a subclass.
-        path: a directory with config.json and safetensors, or a Hugging Face hub id.
+        path: a directory with config.json and safetensors, or a Hugging Face hub id; or either of an adapter in PEFT's format, whose
+            base is then loaded and the adapter merged into it.
         device: where the model goes.
         dtype: of the parameters; None: the checkpoint's own (with several, the smallest that holds them all).
         allow_pickle: read pytorch_model.bin where there are no safetensors; tensors only, none of its code is run.
@@ -59,6 +62,11 @@ def load_pretrained(
         ValueError: no such checkpoint, an architecture or a setting that we do not implement, or tensors that do not fit.
     """
     directory = find_checkpoint(path, allow_pickle)
+    if is_adapter_folder(directory):
+        model = load_pretrained(cls, base_of(directory), device, dtype, allow_pickle)
+        load_adapter(model, directory, allow_pickle)
+        merge(model)
+        return model.requires_grad_(True).eval()
     where = str(directory / "config.json")
     values = complete(read_json(directory / "config.json"), where)
     config = from_hf_config(values, where)
@@ -103,11 +111,13 @@ def load_pretrained(
 
 
 def read_config(directory: Path) -> GPTConfig:
-    """The shape of the model in a directory with a config.json.
+    """The shape of the model in a directory with a config.json, or of the base of an adapter in PEFT's format.
 
     Raises:
         ValueError: there is none, or it says something that our model does not compute.
     """
+    if is_adapter_folder(directory):
+        return read_config(find_checkpoint(base_of(directory)))
     where = directory / "config.json"
     return from_hf_config(complete(read_json(where), str(where)), str(where))
 
@@ -179,7 +189,7 @@ def save_pretrained(
     what was there, one that is killed while moving leaves a directory without config.json, which nothing loads.
 
     Args:
-        model: what to write; whole tensors, adapters merged.
+        model: what to write; whole tensors. Adapters are merged in what is written, and stay as they are in the model.
         directory: made if it is not there; weights that it holds are replaced.
         tokenizer: a `gpt.data.tokenizer.Tokenizer`, or a `transformers` tokenizer.
         dtype: of the written weights; None: the model's own.
@@ -191,10 +201,11 @@ def save_pretrained(
     directory, config = Path(directory).expanduser(), model.config
     values = to_hf_config(config)
     expected = list(stored_tensors(config.n_layer, values))
-    ours: dict[str, Tensor] = dict(model.named_parameters())
+    adapters = adapter_parameters(model)
+    ours: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name not in adapters}
     surplus = ours.keys() - {name for stored in expected for name in stored.ours}
     if surplus:
-        raise ValueError(f"{values['architectures'][0]} cannot hold the parameter {min(surplus)}; merge adapters before saving")
+        raise ValueError(f"{values['architectures'][0]} cannot hold the parameter {min(surplus)}; save a model without it")
     tied = model.head.weight is model.embeddings.tokens.weight
     assert tied == config.tie_embeddings, f"tie_embeddings={config.tie_embeddings}, but the head is {'' if tied else 'not '}the embedding"
     ours["head.weight"] = model.head.weight
@@ -237,10 +248,13 @@ def _write_weights(
 ) -> None:
     weight_map: dict[str, str] = {}
     total_size = 0
+    layers = {f"{name}.weight": layer for name, layer in adapted(model).items()}
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
-            stored.name: stored.pack([_exported(model, ours, name, dtype) for name in stored.ours], model.config.n_head).contiguous()
+            stored.name: stored.pack(
+                [_exported(model, ours, layers, name, dtype) for name in stored.ours], model.config.n_head
+            ).contiguous()
             for stored in shard
         }
         save_file(tensors, directory / file, metadata={"format": "pt"})
@@ -266,10 +280,10 @@ def _move_into_place(aside: Path, directory: Path) -> None:
         os.replace(file, target)
 
 
-def _exported(model: GPT, ours: dict[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:
-    """One parameter as the stock class needs it, on the CPU: scaled, or made up where it has it and our model has not."""
+def _exported(model: GPT, ours: dict[str, Tensor], layers: dict[str, LoRALinear], name: str, dtype: torch.dtype | None) -> Tensor:
+    """One parameter as the stock class needs it, on the CPU: merged, scaled, or made up where it has it and our model has not."""
     config, tokens = model.config, ours["embeddings.tokens.weight"]
-    tensor = ours.get(name)
+    tensor = layers[name].merged_weight() if name in layers else ours.get(name)
     if tensor is None and name == "embeddings.positions.weight":
         sinusoidal = config.positions == "sinusoidal"
         tensor = model.embeddings.get_buffer("table") if sinusoidal else torch.zeros(config.context_length, config.d_model)

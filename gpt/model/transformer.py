@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gpt.model.attention import Attention, KVCache, document_places
-from gpt.model.config import GPTConfig
+from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.feedforward import FeedForward
+from gpt.model.lora import attach_as, init_adapters
 from gpt.model.positions import rotary_tables, sinusoidal_table
 
 
@@ -77,12 +78,13 @@ class GPT(nn.Module):
 
     Args:
         config: its shape; `vocab_size` must be set.
+        lora: the adapters that it gets, besides which nothing trains; None, or of rank 0: none.
 
     The weights are initialised as GPT-2's were (`init_weights`), from torch's default generator: seed it first.
     Building under `torch.device("meta")` allocates nothing and initialises nothing.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, lora: LoRAConfig | None = None) -> None:
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("vocab_size=0: a GPT needs to know its number of token ids")
@@ -98,6 +100,8 @@ class GPT(nn.Module):
             self.register_buffer("rotary_cos", torch.empty(shape), persistent=False)
             self.register_buffer("rotary_sin", torch.empty(shape), persistent=False)
         self.tie()
+        if lora is not None and lora.rank:
+            attach_as(self, lora)
         if not self.head.weight.is_meta:
             self.init_weights()
 
@@ -117,10 +121,12 @@ class GPT(nn.Module):
         return self
 
     @classmethod
-    def materialise(cls, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+    def materialise(
+        cls, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, lora: LoRAConfig | None = None
+    ) -> GPT:
         """Build on meta, then allocate on `device` once: parameters of `dtype`, uninitialised, and fp32 position tables, filled."""
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config, lora)
         for p in model.parameters():
             p.data = p.data.to(dtype)
         model.to_empty(device=device)
@@ -157,6 +163,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(bias)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=0.02)
+        init_adapters(self)  # last, so that all else is as without them
 
     def hidden_states(
         self,

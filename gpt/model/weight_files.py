@@ -59,12 +59,12 @@ def find_checkpoint(path: str | Path, allow_pickle: bool = False) -> Path:
         from huggingface_hub.errors import HFValidationError
     except ImportError as error:
         raise ValueError(f"no such directory: {path}; to load it from the hub, `pip install huggingface_hub`") from error
-    wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
         # What lies in folders is the same model for other programs.
         found = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
         if allow_pickle and not any(found.glob("*.safetensors")):
-            snapshot_download(path, allow_patterns=["pytorch_model*.bin", PICKLE_INDEX], ignore_patterns=["*/*"])
+            snapshot_download(path, allow_patterns=["pytorch_model*.bin", "adapter_model.bin", PICKLE_INDEX], ignore_patterns=["*/*"])
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"no directory {path!r} in {Path.cwd()}, and it cannot be had from the Hugging Face hub: {reason}") from error
@@ -101,7 +101,7 @@ def read_headers(directory: Path, allow_pickle: bool = False) -> list[TensorHead
     headers = []
     for file in _files(directory, allow_pickle):
         if file.suffix == ".bin":
-            headers += [TensorHeader(file, k, tuple(t.shape), DTYPE_NAMES.get(t.dtype, str(t.dtype))) for k, t in _unpickle(file).items()]
+            headers += [TensorHeader(file, k, tuple(t.shape), DTYPE_NAMES.get(t.dtype, str(t.dtype))) for k, t in unpickle(file).items()]
             continue
         try:
             with safe_open(file, framework="pt") as opened:
@@ -128,7 +128,7 @@ def read_tensors(headers: Iterable[TensorHeader], keep: bool = False) -> Iterato
         by_file.setdefault(header.file, []).append(header)
     for file, wanted in by_file.items():
         if file.suffix == ".bin":
-            content = _unpickle(file)
+            content = unpickle(file)
             yield from ((header, content[header.name]) for header in wanted)
             continue
         while wanted:
@@ -167,7 +167,7 @@ def _files(directory: Path, allow_pickle: bool) -> list[Path]:
     )
 
 
-def _unpickle(file: Path) -> dict[str, Tensor]:
+def unpickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote; mapped, where it is not of the format before torch 1.6."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
