@@ -1,4 +1,4 @@
-"""Weights and tokenizer from whatever a user points at: a run, one of its checkpoints, a Hugging Face folder or a hub id."""
+"""Weights and tokenizer from whatever a user points at: a run, one of its checkpoints, a Hugging Face folder or a hub id, an adapter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from gpt.data.tokenizer import Tokenizer, load_tokenizer
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.model.huggingface import read_config
+from gpt.model.lora import merge
+from gpt.model.peft_files import base_of, is_adapter_folder, load_adapter
 from gpt.model.transformer import GPT
 from gpt.model.weight_files import find_checkpoint, read_json
 
@@ -38,7 +40,8 @@ def load_model(
     """Load a model for use.
 
     Args:
-        path: a run directory, its model/ folder, one of its checkpoints, or a Hugging Face directory or hub id.
+        path: a run directory, its model/ folder, one of its checkpoints, or a Hugging Face directory or hub id; or an adapter in PEFT's
+            format, which is merged into its base.
         device, dtype: of the parameters; dtype None: as they are stored.
         allow_pickle: also read a checkpoint that there is only as a pickle.
         key: what the user calls `path`, for messages.
@@ -47,6 +50,8 @@ def load_model(
         UserError: there is no model there, or it is of a kind we cannot hold exactly.
     """
     directory, run = _locate(path, allow_pickle, key)
+    if is_adapter_folder(directory):
+        return _from_adapter(directory, run, device, dtype, allow_pickle, f"{key}={path}")
     if run and not (directory / "config.json").is_file():
         return _from_checkpoint(run, directory, device, dtype, key)
     try:
@@ -63,6 +68,13 @@ def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tupl
     Args and raises: as `load_model`.
     """
     directory, run = _locate(path, allow_pickle, key)
+    if is_adapter_folder(directory):
+        try:
+            base = base_of(directory)
+        except ValueError as error:
+            raise UserError(f"{key}={path}: {error}") from error
+        shape, tokenizer = read_shape(base, allow_pickle, f"{key}={path}: its base")
+        return shape, str(directory.resolve()) if _has_tokenizer(directory) else tokenizer
     if run and not (directory / "config.json").is_file():
         return load_run(run).model, str((run / "tokenizer.json").resolve())
     try:
@@ -76,8 +88,8 @@ def _locate(path: str, allow_pickle: bool, key: str) -> tuple[Path, Path | None]
     refuse_no_run(key, path)
     directory = expanded(path)
     full = directory.absolute()  # of "." the name and the parents too
-    if (directory / "config.json").is_file():
-        return directory, full.parent if full.name == "model" and (full.parent / "config.yaml").is_file() else None
+    if (directory / "config.json").is_file() or is_adapter_folder(directory):
+        return directory, full.parent if full.name in ("model", "adapter") and (full.parent / "config.yaml").is_file() else None
     for run in (directory, full.parent.parent) if directory.exists() else ():
         if (run / "config.yaml").is_file():
             return (run / "model" if directory == run and (run / "model" / "config.json").is_file() else directory), run
@@ -86,6 +98,28 @@ def _locate(path: str, allow_pickle: bool, key: str) -> tuple[Path, Path | None]
     except ValueError as error:
         run = Path("runs") / path  # its id alone
         raise UserError(f"{key}={path}: {error}{f'. Did you mean {run}?' if (run / 'config.yaml').is_file() else ''}") from error
+
+
+def _from_adapter(
+    directory: Path, run: Path | None, device: torch.device | str, dtype: torch.dtype | None, allow_pickle: bool, what: str
+) -> Loaded:
+    """An adapter in PEFT's format, merged into its base."""
+    try:
+        base = load_model(base_of(directory), device, dtype, allow_pickle, f"{what}: its base")
+        load_adapter(base.model, directory, allow_pickle)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+    merge(base.model)
+    base.model.requires_grad_(True)
+    tokenizer = load_tokenizer(directory) if _has_tokenizer(directory) else base.tokenizer
+    ends = base.end_ids if tokenizer is base.tokenizer else base.end_ids | _end_ids(directory, tokenizer)
+    return Loaded(base.model.eval(), tokenizer, frozenset(ends), directory, run)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return (directory / "tokenizer.json").is_file()
 
 
 def _from_checkpoint(run: Path, directory: Path, device: torch.device | str, dtype: torch.dtype | None, key: str) -> Loaded:
@@ -104,8 +138,10 @@ def _from_checkpoint(run: Path, directory: Path, device: torch.device | str, dty
         raise UserError(f"{key}={directory}: {damage}")
     else:
         checkpoint = directory
-    model = GPT.materialise(load_run(run).model, device, dtype or torch.float32)
+    config = load_run(run)
+    model = GPT.materialise(config.model, device, dtype or torch.float32, config.lora)
     load_weights(checkpoint, model)
+    merge(model)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     return Loaded(model.eval(), tokenizer, frozenset(_end_ids(run, tokenizer)), checkpoint, run)
 

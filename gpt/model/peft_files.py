@@ -69,14 +69,17 @@ def base_of(directory: Path) -> str:
     """What an adapter's files call the model that it changes: a hub id, or a folder, looked for relative to theirs first.
 
     Raises:
-        ValueError: they name none.
+        ValueError: they name none, or another adapter.
     """
     base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path; write there which model the adapter was trained on"
         )
-    return str(directory / base) if (directory / base).is_dir() else base
+    base = str(directory / base) if (directory / base).is_dir() else base
+    if is_adapter_folder(Path(base).expanduser()):
+        raise ValueError(f"{directory / ADAPTER_CONFIG} names {base} as its base, which is an adapter too; merge that one first (gpt export)")
+    return base
 
 
 # Writing
@@ -180,8 +183,8 @@ def _packed(model: GPT, stored: StoredTensor, parts: Mapping[str, LoRALinear | N
         if layer is not None:
             b[:, columns[layer]] = layer.lora_b * (layer.scale / scale)
         b_parts.append(b)
-        known = layer is not None and layer.magnitude is not None
-        magnitudes.append(layer.magnitude if known else torch.linalg.vector_norm(linear.weight.float(), dim=1))
+        magnitude = None if layer is None else layer.magnitude
+        magnitudes.append(torch.linalg.vector_norm(linear.weight.float(), dim=1) if magnitude is None else magnitude)
     order = StoredTensor(stored.name, stored.ours, "by_head" if stored.layout == "by_head" else "linear")
     found = {"lora_A.weight": torch.cat(stacked), "lora_B.weight": order.pack(b_parts, model.config.n_head)}
     if there[0].magnitude is not None:
