@@ -178,8 +178,9 @@ class ExportConfig:
     """Folder to write; null: <run>/export, or the name of the model with -export here."""
     dtype: Literal["own", "float32", "bfloat16", "float16"] = "own"
     """Of the written weights; own: as they are."""
-    format: Literal["hf"] = "hf"
-    """A Hugging Face directory: config.json, safetensors, tokenizer, model card."""
+    format: Literal["hf", "peft"] = "hf"
+    """hf: a Hugging Face directory, config.json, safetensors, tokenizer, model card, with adapters merged; peft: of a run with lora.rank
+    the adapters alone, in PEFT's format."""
     overwrite: bool = False
     """Replace an output folder that is there."""
     allow_pickle: bool = False
@@ -189,6 +190,8 @@ class ExportConfig:
         """Raises UserError for values that cannot be."""
         if not self.run:
             raise UserError("run: what to export? Give a run directory, e.g. run=runs/<id>")
+        if self.format == "peft" and self.dtype != "own":
+            raise UserError(f"dtype={self.dtype}: adapters are small, and are written as they were trained; leave it out")
 
 
 @dataclass

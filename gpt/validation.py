@@ -46,6 +46,7 @@ def validate_run(c: RunConfig) -> None:
         if not 0 <= getattr(c.schedule, name) <= 1:
             raise UserError(f"schedule.{name}={shown(getattr(c.schedule, name))} must be from 0 to 1")
     validate_finetuning(c.freeze, c.unfreeze, c.layerwise_lr_decay, c.distill, c.dpo)
+    _validate_lora(c)
     _validate_text(c)
     _validate_batch(c)
     _validate_length(c)
@@ -61,6 +62,25 @@ def validate_run(c: RunConfig) -> None:
             )
         if not (directory / "config.yaml").is_file():
             raise UserError(f"resume={shown(c.resume)} is not a run directory: it has no config.yaml; give one such as runs/<id>")
+
+
+def _validate_lora(c: RunConfig) -> None:
+    """Adapters are of weights that are there, of this shape, and whole."""
+    if not c.lora.rank:
+        return
+    try:
+        c.lora.modules(c.model)
+    except ValueError as error:
+        raise UserError(f"lora.{error}") from error
+    if c.init is None:
+        raise UserError(
+            f"lora.rank={c.lora.rank}: adapters change weights that have been trained; add init=<run, Hugging Face directory or hub id>"
+        )
+    if c.parallel.tensor > 1:
+        raise UserError(
+            f"lora.rank={c.lora.rank}: tensor parallelism does not divide adapters, and this is parallel.tensor={c.parallel.tensor}; leave "
+            "it out, parallel=fsdp divides them"
+        )
 
 
 def _validate_text(c: RunConfig) -> None:

@@ -16,11 +16,10 @@ from torch import nn
 
 from gpt.errors import UserError
 from gpt.finetuning.config import FreezeConfig, UnfreezeConfig, block_numbers
+from gpt.model.lora import ADAPTERS
 from gpt.model.transformer import GPT
 from gpt.typed import shown
 
-ADAPTERS = ("lora_a", "lora_b", "magnitude")
-"""Last parts of the names of what adapters add to a projection (`gpt.model.lora`)."""
 _TOKENS = "embeddings.tokens.weight"
 # What other projects call the parts of a model, for whoever writes a pattern from memory.
 _ELSEWHERE = {

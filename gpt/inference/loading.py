@@ -83,6 +83,33 @@ def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tupl
         raise UserError(f"{key}={path}: {error}") from error
 
 
+def stock_place(path: str) -> str | None:
+    """Where `transformers` finds the model that `load_model` finds at `path`: a folder's whole path, or a hub id; None: nowhere."""
+    here = expanded(path).exists()
+    directory, _ = _locate(path, False, "init")
+    if not (directory / "config.json").is_file():
+        return None
+    return str(directory.absolute()) if here else path
+
+
+def load_unmerged(path: str, key: str = "run") -> Loaded:
+    """A checkpoint of a run, or the newest of one that has not finished, with its adapters as they train.
+
+    Args:
+        path: a run directory or one of its checkpoints.
+        key: what the user calls `path`, for messages.
+
+    Raises:
+        UserError: it is no such thing, or its run has no adapters.
+    """
+    directory, run = _locate(path, False, key)
+    if run is None or not load_run(run).lora.rank:
+        raise UserError(
+            f"{key}={path} has no adapters to write in PEFT's format; name a run that was trained with lora.rank, or leave format out"
+        )
+    return _from_checkpoint(run, directory, "cpu", None, key, merged=False)
+
+
 def _locate(path: str, allow_pickle: bool, key: str) -> tuple[Path, Path | None]:
     """The directory of the weights, which has a config.json or is a run's, and the run that it belongs to, if any."""
     refuse_no_run(key, path)
@@ -122,8 +149,10 @@ def _has_tokenizer(directory: Path) -> bool:
     return (directory / "tokenizer.json").is_file()
 
 
-def _from_checkpoint(run: Path, directory: Path, device: torch.device | str, dtype: torch.dtype | None, key: str) -> Loaded:
-    """One checkpoint of a run, or the newest whole one."""
+def _from_checkpoint(
+    run: Path, directory: Path, device: torch.device | str, dtype: torch.dtype | None, key: str, merged: bool = True
+) -> Loaded:
+    """One checkpoint of a run, or the newest whole one; adapters merged, or as they are."""
     from gpt.training.checkpoint import find_damage, load_weights, newest_whole
 
     def say(text: str) -> None:
@@ -141,7 +170,8 @@ def _from_checkpoint(run: Path, directory: Path, device: torch.device | str, dty
     config = load_run(run)
     model = GPT.materialise(config.model, device, dtype or torch.float32, config.lora)
     load_weights(checkpoint, model)
-    merge(model)
+    if merged:
+        merge(model)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     return Loaded(model.eval(), tokenizer, frozenset(_end_ids(run, tokenizer)), checkpoint, run)
 

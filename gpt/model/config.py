@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -224,6 +224,15 @@ class LoRAConfig:
         if not chosen:
             raise ValueError("targets=[]: no projection is named, so nothing would train; leave it out for all of them")
         return [name for name in names if name in chosen]
+
+    def of_most_blocks(self, config: GPTConfig) -> LoRAConfig | None:
+        """The same adapters for a model of fewer blocks: those of a block as most are; None: those have none."""
+        inner: dict[str, list[str]] = {f"blocks.{layer}": [] for layer in range(config.n_layer)}
+        for name in self.modules(config):
+            blocks, layer, rest = name.split(".", 2)
+            inner[f"{blocks}.{layer}"].append(rest)
+        most = max(inner.values(), key=list(inner.values()).count)
+        return replace(self, targets=most) if most else None
 
 
 # What PEFT's users call these projections in the stock architectures.

@@ -7,7 +7,7 @@ Shapes: I in, O out, r rank; (..., I) any number of rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gpt.model.transformer import GPT
 
 ADAPTERS = ("lora_a", "lora_b", "magnitude")
+"""Last parts of the names of what an adapter adds to a layer's parameters."""
 
 
 class LoRALinear(nn.Linear):
@@ -199,10 +200,18 @@ def merge(model: GPT) -> None:
 
 def merged(model: GPT) -> GPT:
     """A model without adapters that computes the same; `model` itself if it has none. It shares all but the merged weights."""
-    if not adapted(model):
-        return model
+    return _plain(model, merged_parameters(model)) if adapted(model) else model
+
+
+def base(model: GPT) -> GPT:
+    """The model that the adapters were given to; it shares all weights."""
+    own = adapter_parameters(model)
+    return _plain(model, ((name, p.detach()) for name, p in model.named_parameters() if name not in own))
+
+
+def _plain(model: GPT, parameters: Iterable[tuple[str, Tensor]]) -> GPT:
     whole = type(model).materialise(model.config, "meta")
-    for name, parameter in merged_parameters(model):
+    for name, parameter in parameters:
         parent, _, last = name.rpartition(".")
         setattr(whole.get_submodule(parent), last, nn.Parameter(parameter, requires_grad=False))
     whole.tie()

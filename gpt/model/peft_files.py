@@ -78,7 +78,9 @@ def base_of(directory: Path) -> str:
         )
     base = str(directory / base) if (directory / base).is_dir() else base
     if is_adapter_folder(Path(base).expanduser()):
-        raise ValueError(f"{directory / ADAPTER_CONFIG} names {base} as its base, which is an adapter too; merge that one first (gpt export)")
+        raise ValueError(
+            f"{directory / ADAPTER_CONFIG} names {base} as its base, which is an adapter too; merge that one first (gpt export)"
+        )
     return base
 
 
@@ -100,7 +102,7 @@ def save_adapter(model: GPT, directory: str | Path, base: str, tokenizer: Any = 
         card: text of README.md.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or PEFT's format cannot hold what else of it trains.
     """
     layers = adapted(model)
     if not layers:
@@ -110,6 +112,10 @@ def save_adapter(model: GPT, directory: str | Path, base: str, tokenizer: Any = 
     ranks: dict[str, tuple[int, float]] = {}
     whole: list[str] = []
     trained = {name for name, p in model.named_parameters() if p.requires_grad} - adapter_parameters(model).keys()
+    shared = "embeddings.tokens.weight" if config.tie_embeddings else ""
+    if below := sorted(name for name in trained if name == shared or name.rpartition(".")[0] in layers):
+        why = "the head shares it" if below[0] == shared else "it has an adapter too"
+        raise ValueError(f"{below[0]} has been trained, and {why}, which PEFT's format cannot hold; the whole model can be saved")
     for stored in stored_tensors(config.n_layer, to_hf_config(config)):
         parts = {ours.removesuffix(".weight"): layers.get(ours.removesuffix(".weight")) for ours in stored.ours}
         name = stored.name.removesuffix(".weight")
@@ -153,6 +159,7 @@ def save_adapter(model: GPT, directory: str | Path, base: str, tokenizer: Any = 
     aside = directory / f".{ADAPTER_WEIGHTS}"
     save_file(tensors, aside, metadata={"format": "pt"})
     aside.chmod(0o666 & ~_umask())  # it comes readable by its owner alone
+    (directory / ADAPTER_CONFIG).unlink(missing_ok=True)  # of other weights
     os.replace(aside, directory / ADAPTER_WEIGHTS)
     aside = directory / f".{ADAPTER_CONFIG}"
     aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

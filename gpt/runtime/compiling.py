@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpt.config import TrainConfig
 from gpt.errors import UserError
-from gpt.model.config import GPTConfig
+from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device
@@ -72,6 +72,7 @@ class CompileAhead:
         length: tokens of each.
         documents: whether rows hold several documents, none of which sees another.
         prepare: is done to the blocks before they are compiled.
+        lora: the adapters of the run, if any: then two blocks are compiled, since nothing flows back through what is below the first.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class CompileAhead:
         length: int,
         documents: bool,
         prepare: Callable[[Sequence[nn.Module]], None] = lambda blocks: None,
+        lora: LoRAConfig | None = None,
     ) -> None:
         self._problem: str | None = None
         # Not daemons: Python aborts when it ends under one that is in torch's C++ code. `gpt.cli.run` does not wait for them.
-        self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch, length, documents, prepare))
+        self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch, length, documents, prepare, lora))
         self._thread.start()
 
     def done(self) -> bool:
@@ -105,12 +107,14 @@ class CompileAhead:
         length: int,
         documents: bool,
         prepare: Callable[[Sequence[nn.Module]], None],
+        lora: LoRAConfig | None,
     ) -> None:
         try:
             if device.is_host:
                 skip_vector_probes()
                 threading.Thread(target=_parse_headers).start()
-            model = GPT.materialise(dataclasses.replace(config, n_layer=1), device.type)
+            adapters = lora and lora.of_most_blocks(config)
+            model = GPT.materialise(dataclasses.replace(config, n_layer=2 if adapters else 1), device.type, lora=adapters)
             for p in model.parameters():
                 torch.nn.init.constant_(p, 0.01)
             loss = LinearCrossEntropy(device.dtype)
@@ -210,12 +214,13 @@ def kinds_of_graphs(model: GPT, config: TrainConfig) -> frozenset[Hashable]:
     kinds: set[tuple[Hashable, ...]] = {("softmax",)}
     flows = any(p.requires_grad for p in model.embeddings.parameters())
     for number, block in enumerate(model.blocks):
-        trains = tuple(p.requires_grad for p in block.parameters())
+        trains = tuple((name, p.requires_grad) for name, p in block.named_parameters())
         kind = (trains, computes_again(config.activation_checkpointing, config.activation_checkpointing_n, number))
-        if flows or any(trains):
+        learns = any(p.requires_grad for p in block.parameters())
+        if flows or learns:
             kinds.add(("training", *kind, flows))
         kinds.add(("evaluation" if number >= (model.frozen_depth or 0) else FROZEN, *kind))
-        flows |= any(trains)
+        flows |= learns
     return frozenset(kind for kind in kinds if kind[0] != FROZEN or ("evaluation", *kind[1:]) not in kinds)
 
 

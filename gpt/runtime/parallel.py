@@ -113,10 +113,10 @@ def spread(objective: NextTokenLoss, world: World) -> nn.Module:
         return wrapped
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # A block's matrices are gathered in the dtype that they are multiplied in. Its norms, small and of fp32, stay whole.
+    # A block's matrices are gathered in the dtype that they are multiplied in. Norms and DoRA's magnitudes, small and of fp32, stay whole.
     dtype = None if objective.loss.dtype == torch.float32 else objective.loss.dtype
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    norms = {p for name, p in objective.model.blocks.named_parameters() if "norm." in name}
+    norms = {p for name, p in objective.model.blocks.named_parameters() if "norm." in name or name.endswith(".magnitude")}
     # ddp with tensor parallelism is a sharding over one process, repeated
     assert world.mesh is not None
     mesh = world.mesh["replicate", "shard"] if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
@@ -184,7 +184,7 @@ def place_weights(model: nn.Module, source: nn.Module | None) -> None:
 
 
 def sum_partial_gradients(model: GPT, world: World) -> None:
-    """Where parameters are divided, add up the gradients of those that are not, the blocks' norms, over the processes that share a batch.
+    """Where parameters are divided, add up the gradients of those that are not, the blocks' vectors, over the processes that share a batch.
 
     Under tensor parallelism, the norms of queries and keys see only this process's heads: theirs are added up over all processes.
     """

@@ -1,4 +1,4 @@
-"""`gpt export`: weights of a run to a Hugging Face directory, with a model card that says what they are."""
+"""`gpt export`: weights of a run to a Hugging Face directory, or its adapters to PEFT's, with a model card that says what they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from gpt.compose import load_run
 from gpt.config import RunConfig
 from gpt.data.config import SourceConfig
 from gpt.errors import UserError
-from gpt.inference.loading import Loaded, load_model
+from gpt.inference.loading import Loaded, load_model, load_unmerged
+from gpt.model.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gpt.training.adapters import write_adapter
 from gpt.training.checkpoint import STATE, TrainingState, read_state
 from gpt.training.metrics import read_metrics
 from gpt.training.report import Summary
@@ -31,11 +33,11 @@ def export(config: ExportConfig) -> int:
         UserError: there are no such weights, or the output folder has something in it.
     """
     source = Path(os.path.expanduser(config.run))
+    if config.format == "peft":
+        return _export_adapter(config)
     loaded = load_model(config.run, allow_pickle=config.allow_pickle, key="run")
     default = loaded.run / "export" if loaded.run else Path(f"{source.name}-export")
-    output = Path(os.path.expanduser(config.output)) if config.output else default
-    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
-        raise UserError(f"output={output}: the folder is there and not empty; choose another, or overwrite=true")
+    output = _output(config, default)
     dtype = _DTYPES.get(config.dtype)
     if dtype == torch.float16 and (lost := _overflowing(loaded)):
         raise UserError(f"dtype={config.dtype}: {lost} has values that it cannot hold; choose bfloat16 or float32")
@@ -46,13 +48,50 @@ def export(config: ExportConfig) -> int:
     except ValueError as error:
         raise UserError(f"output={output}: {error}") from error
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"output={output} could not be written ({reason}); name a folder with room where you may write") from error
+        raise UserError(_unwritable(output, error)) from error
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     stored = str(dtype or loaded.model.embeddings.tokens.weight.dtype).removeprefix("torch.")
     print(f"{output}: {loaded.model.num_parameters() / 1e6:.2f}M parameters as {stored}, {size / 1e6:,.1f} MB, ", end="")
     print(json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0])
     print(f'use: transformers.AutoModelForCausalLM.from_pretrained("{output}"), or gpt generate model={output}', file=sys.stderr)
+    return 0
+
+
+def _output(config: ExportConfig, default: Path) -> Path:
+    """The folder to write."""
+    output = Path(os.path.expanduser(config.output)) if config.output else default
+    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
+        raise UserError(f"output={output}: the folder is there and not empty; choose another, or overwrite=true")
+    return output
+
+
+def _unwritable(output: Path | str, error: OSError) -> str:
+    return f"output={output} could not be written ({error.strerror or error}); name a folder with room where you may write"
+
+
+def _export_adapter(config: ExportConfig) -> int:
+    """The adapters of a run, or of one of its checkpoints, in PEFT's format. Returns the exit code."""
+    run = Path(os.path.expanduser(config.run))
+    try:
+        if (finished := run / "adapter").is_dir() and (run / "config.yaml").is_file():
+            output = _output(config, run / "export")
+            if output.resolve() != finished.resolve():
+                shutil.copytree(finished, output, dirs_exist_ok=True)
+        else:
+            loaded = load_unmerged(config.run)
+            assert loaded.run is not None
+            output = _output(config, loaded.run / "export")
+            write_adapter(load_run(loaded.run), output, loaded.model, loaded.tokenizer, _card(loaded))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"run={config.run}: {error}") from error
+    except OSError as error:
+        raise UserError(_unwritable(config.output or run / "export", error)) from error
+    size = (output / ADAPTER_WEIGHTS).stat().st_size
+    named = json.loads((output / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    print(f"{output}: adapters of {named}, {size / 1e6:,.1f} MB, in PEFT's format")
+    print(f'use: peft.AutoPeftModelForCausalLM.from_pretrained("{output}"), or gpt generate model={output}', file=sys.stderr)
     return 0
 
 

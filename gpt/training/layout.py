@@ -11,6 +11,7 @@ from torch import nn
 from gpt.config import RunConfig, TrainConfig
 from gpt.finetuning.freezing import set_trainable
 from gpt.inference.loading import load_model
+from gpt.model.lora import adapter_parameters, init_adapters
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
@@ -58,7 +59,7 @@ def lay_out(
     if divided:
         source = first_weights() if world.is_main else None
         with torch.device("meta"):
-            model = GPT(config.model)
+            model = GPT(config.model, config.lora)
     else:
         source, model = None, first_weights()
     names = {name for name, _ in model.named_parameters()}
@@ -95,13 +96,17 @@ def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None]) ->
         say: takes progress messages.
     """
     torch.manual_seed(config.seed)
-    model = GPT.materialise(config.model)
+    model = GPT.materialise(config.model, lora=config.lora)
     if not fresh or config.init is None:
         model.init_weights()
         return model
     # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.
     loaded = load_model(config.init, dtype=torch.float32, allow_pickle=config.allow_pickle, key="init").model
-    model.load_state_dict(loaded.state_dict())
+    adapters = adapter_parameters(model).keys()
+    missing = model.load_state_dict(loaded.state_dict(), strict=not adapters)
+    assert set(missing.missing_keys) <= adapters
+    assert not missing.unexpected_keys
+    init_adapters(model)
     say(f"weights: {config.init}")
     return model
 

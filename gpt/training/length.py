@@ -48,7 +48,7 @@ def expected_length(config: RunConfig) -> tuple[float | None, float | None]:
     if tokens is None:
         return None, budget.amount if budget.unit == "seconds" else None
     with torch.device("meta"):
-        model = GPT(expected_model(config))
+        model = GPT(expected_model(config), config.lora)
     return model.flops_per_token() * tokens, None
 
 

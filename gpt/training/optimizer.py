@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.adamw import adamw
 
+from gpt.model.lora import ADAPTERS
 from gpt.runtime.sharding import local_part
 from gpt.training.muon import Muon
 
@@ -154,7 +155,7 @@ def extend_optimizers(
     """
     groups: dict[tuple[type, bool, float], list[nn.Parameter]] = {}
     for name, p in parameters.items():
-        in_muon = config.name == "muon" and p.dim() == 2 and name.startswith("blocks.")
+        in_muon = config.name == "muon" and _is_for_muon(name, p.dim())
         groups.setdefault((Muon if in_muon else AdamW, p.dim() >= 2, scale(name)), []).append(p)
     for (kind, decays, share), params in sorted(groups.items(), key=lambda item: (item[0][0] is AdamW, not item[0][1], -item[0][2])):
         as_muon_says = config.name == "muon" and kind is AdamW
@@ -172,7 +173,12 @@ def extend_optimizers(
 
 def peak_learning_rate(config: OptimizerConfig, name: str, dim: int) -> float:
     """Of a parameter with so many dimensions, before any scaling."""
-    return config.adam_lr if config.name == "muon" and not (dim == 2 and name.startswith("blocks.")) else config.lr
+    return config.adam_lr if config.name == "muon" and not _is_for_muon(name, dim) else config.lr
+
+
+def _is_for_muon(name: str, dim: int) -> bool:
+    """Whether a parameter is a matrix inside a block, of full rank: an adapter's two are not, and AdamW suits them."""
+    return dim == 2 and name.startswith("blocks.") and not name.endswith(ADAPTERS)
 
 
 def set_learning_rate(

@@ -15,8 +15,10 @@ from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte
 from gpt.evaluation.text import COMPRESSED_BYTES
 from gpt.inference.generate import generate_text, whole_texts
 from gpt.inference.sampling import Sampling
+from gpt.model.lora import adapted, merged
 from gpt.model.transformer import GPT
 from gpt.runtime.memory import binary_size
+from gpt.training.adapters import write_adapter
 from gpt.training.checkpoint import MANIFEST, TrainingState
 from gpt.training.data import TrainingData
 from gpt.training.export import describe_corpus, model_card
@@ -42,12 +44,13 @@ def write_results(
 
     Args:
         config, directory, state, data: of the run.
-        model: with the best weights, whole.
+        model: with the best weights, whole; adapters as they trained.
         held_out: how they do.
         spent: seconds of each part of the training, in this process.
         capacity: bytes of memory of its device, or None.
         say: takes the lines for people.
     """
+    trained, model = model, merged(model)
     metrics = read_metrics(directory.metrics)
     compressed = {} if data.on_examples else _compressed(config, data)
     rates = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
@@ -62,7 +65,9 @@ def write_results(
         gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
         skipped_steps=state.skipped_steps, finished=True, held_out=what,
     )  # fmt: skip
-    _export(config, directory, model, data, model_card(config, summary, describe_corpus(data.manifest)))
+    card = model_card(config, summary, describe_corpus(data.manifest))
+    _export(config, directory, model, data, card)
+    adapter = _export_adapter(config, directory, trained, data, card, say)
     samples = _samples(config, model, data)
     report = write_report(directory.path, samples, summary)
     for sample in samples:
@@ -78,7 +83,7 @@ def write_results(
         f"{f'; {state.skipped_steps} steps left out' if state.skipped_steps else ''}"
         f"\n{what} ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte "
         f"({beside}loss {held_out.loss:.3f} per token)"
-        f"\nmodel:  {directory.model}\nreport: {report}"
+        f"\nmodel:  {directory.model}{adapter}\nreport: {report}"
         f"\nwrite:  gpt generate model={directory.path} {_use(data)}"
     )
 
@@ -121,6 +126,21 @@ def _export(config: RunConfig, directory: RunDirectory, model: GPT, data: Traini
     (aside / MANIFEST).write_text(json.dumps(data.manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     shutil.rmtree(directory.model, ignore_errors=True)
     aside.rename(directory.model)
+
+
+def _export_adapter(
+    config: RunConfig, directory: RunDirectory, model: GPT, data: TrainingData, card: str, say: Callable[[str], None]
+) -> str:
+    """Write `adapter/`, where the run has trained any; where it is, as a line."""
+    if not adapted(model):
+        return ""
+    folder = directory.path / "adapter"
+    try:
+        write_adapter(config, folder, model, data.tokenizer, card)
+    except ValueError as error:
+        say(f"note: no {folder} is written: {error}")
+        return ""
+    return f"\nadapter: {folder} (PEFT's format)"
 
 
 def _samples(config: RunConfig, model: GPT, data: TrainingData) -> list[Sample]:

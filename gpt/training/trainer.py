@@ -89,7 +89,7 @@ class Trainer:
         if config.freeze.untie and config.model.tie_embeddings:
             config.model = replace(config.model, tie_embeddings=False)
         with torch.device("meta"):
-            plan_freezing(config.freeze, config.unfreeze, GPT(expected_model(config)))  # before anything is written or read
+            plan_freezing(config.freeze, config.unfreeze, GPT(expected_model(config), config.lora))  # before anything is written or read
         self.config = config
         self.givers = Givers()
         self.doing, self.micro_batch, self.compiled = "setting up", 1, False  # for errors that say where a process waited or ran full
@@ -167,7 +167,7 @@ class Trainer:
         if self.compiled and not world.is_divided and self.device.compiles_ahead:
             documents = config.on_examples or config.data.document_mask
             model, prepare = expected_model(config), partial(prepare_blocks, config.train)
-            ahead = CompileAhead(self.device, model, self.micro_batch, config.sequence_length, documents, prepare)
+            ahead = CompileAhead(self.device, model, self.micro_batch, config.sequence_length, documents, prepare, config.lora)
         checkpoint = world.share(lambda: checkpoint_to_continue(self.directory.checkpoints, self.say)) if before is not None else None
         self.doing = "preparing the data"
         source = config if checkpoint is None else with_own_tokenizer(config, self.directory.path)
@@ -181,7 +181,7 @@ class Trainer:
         self.doing = "laying out the model"
         start = partial(first_weights, config, checkpoint is None, self.say)
         with torch.device("meta"):
-            plan = plan_freezing(config.freeze, config.unfreeze, GPT(config.model))
+            plan = plan_freezing(config.freeze, config.unfreeze, GPT(config.model, config.lora))
         layout = lay_out(config, start, self.compiled, world, self.device, plan.stages[0].names)
         self.model, self.objective = layout.model, layout.objective
         self.graphs = FixedGraphs(self.device, kinds_of_graphs(self.model, config.train) if self.compiled else ())
@@ -485,7 +485,7 @@ class Trainer:
         if world.is_main:
             model = self.model
             if world.is_divided or not self.device.decodes:  # this process holds only a part of it, or cannot try it out where it is
-                model = GPT.materialise(config.model)
+                model = GPT.materialise(config.model, lora=config.lora)
                 load_weights(best, model)
                 if self.device.decodes:
                     model.to(self.device.type)
