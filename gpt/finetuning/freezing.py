@@ -126,7 +126,7 @@ def _named_by(freeze: FreezeConfig, names: Sequence[str], n_layer: int, tied: bo
         if pattern.endswith("bias") and not any(name.endswith("bias") for name in names):
             continue  # that a model has no biases is no slip in a plan that is for all models
         frozen -= _matched("freeze.except", pattern, names, tied)
-    if tied and _TOKENS in frozen and not freeze.head:
+    if tied and _TOKENS in frozen and not freeze.head and not any(name.endswith(ADAPTERS) for name in names):
         raise UserError(
             "freeze: the embedding of the tokens is frozen, and with it the head, which shares its weights (model.tie_embeddings). "
             "freeze.untie=true gives the head weights of its own, which train; freeze.head=tied says that both are to be frozen"
