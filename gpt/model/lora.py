@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +36,11 @@ class LoRALinear(nn.Linear):
         scale: alpha / rank.
         dropout: of the adapter's input, while training.
         dora: also learn the length of each row.
+
+    Attributes:
+        is_on: whether the adapter counts.
+        keeps_sum: whether the backward pass finds the sum of the weights as forward left it, or forms it again. Where weights are
+            gathered for a pass and freed after it, keeping would hold all of them at once.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float = 0.0, dora: bool = False) -> None:
@@ -47,6 +53,7 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(like.new_empty(self.out_features, rank))
         self.magnitude = nn.Parameter(like.new_empty(self.out_features)) if dora else None
         self.training = linear.training
+        self.is_on = self.keeps_sum = True
 
     @torch.no_grad()
     def init_adapter(self, generator: torch.Generator | None = None) -> None:
@@ -58,6 +65,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        if not self.is_on:
+            return super().forward(input)
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         with torch.autocast(device, enabled=False):
@@ -66,9 +75,9 @@ class LoRALinear(nn.Linear):
                 return self._with_dropout(x)
             bias = None if self.bias is None else self.bias.to(dtype)
             if self.magnitude is None:
-                return cast(Tensor, _Merged.apply(x, self.weight, bias, self.lora_a, self.lora_b, self.scale))
+                return cast(Tensor, _Merged.apply(x, self.weight, bias, self.lora_a, self.lora_b, self.scale, self.keeps_sum))
             # y is m / ||V|| (x V^T), and not x (m / ||V|| V)^T, so that m's gradient is a sum over rows of y.
-            y = cast(Tensor, _Merged.apply(x, self.weight, None, self.lora_a, self.lora_b, self.scale))
+            y = cast(Tensor, _Merged.apply(x, self.weight, None, self.lora_a, self.lora_b, self.scale, self.keeps_sum))
             y = (y * self._factor()).to(dtype)
             return y if bias is None else y + bias
 
@@ -114,24 +123,27 @@ class _Merged(torch.autograd.Function):
     """x (W + scale B A)^T + b, whose backward never forms the gradient of the sum, as large as W, unless W itself trains."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, keep: bool) -> Tensor:
         narrow = _merged(weight, a, b, scale).to(x.dtype)  # (O, I)
-        ctx.save_for_backward(x, narrow, a, b)
+        ctx.save_for_backward(x, a, b, narrow if keep else weight)
+        ctx.keep = keep
         ctx.scale, ctx.weight_dtype = scale, weight.dtype
         return F.linear(x, narrow, bias)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (gradient,) = outputs
-        x, narrow, a, b = ctx.saved_tensors
-        of_x, of_weight, of_bias, of_a, of_b, _ = ctx.needs_input_grad
+        x, a, b, narrow = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_a, of_b, *_ = ctx.needs_input_grad
+        if of_x and not ctx.keep:
+            narrow = _merged(narrow, a, b, ctx.scale).to(x.dtype)
         x_gradient = gradient @ narrow if of_x else None
         rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         weight_gradient = (rows.mT @ inputs).to(ctx.weight_dtype) if of_weight else None
         bias_gradient = rows.sum(0) if of_bias else None
         a_gradient = ((rows @ (b * ctx.scale).to(x.dtype)).mT @ inputs).to(a.dtype) if of_a else None  # (r, N) (N, I)
         b_gradient = (rows.mT @ (inputs @ (a * ctx.scale).to(x.dtype).mT)).to(b.dtype) if of_b else None  # (O, N) (N, r)
-        return x_gradient, weight_gradient, bias_gradient, a_gradient, b_gradient, None
+        return x_gradient, weight_gradient, bias_gradient, a_gradient, b_gradient, None, None
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
@@ -175,6 +187,19 @@ def init_adapters(model: nn.Module, generator: torch.Generator | None = None) ->
     """Have the adapters of a model, whose own weights are there, change nothing yet."""
     for layer in adapted(model).values():
         layer.init_adapter(generator)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes what its base does. Compiled blocks have a graph of their own for that."""
+    layers = adapted(model).values()
+    for layer in layers:
+        layer.is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
 
 
 def merged_parameters(model: GPT) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from gpt.model.lora import adapted
 from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.distributed import World
@@ -120,6 +121,8 @@ def spread(objective: NextTokenLoss, world: World) -> nn.Module:
     # ddp with tensor parallelism is a sharding over one process, repeated
     assert world.mesh is not None
     mesh = world.mesh["replicate", "shard"] if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
+    for layer in adapted(objective.model).values():
+        layer.keeps_sum = False
     modules: list[nn.Module] = [*objective.model.blocks, objective]
     for module in modules:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy() if module is objective else narrow, ignored_params=norms)

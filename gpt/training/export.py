@@ -81,7 +81,7 @@ def _export_adapter(config: ExportConfig) -> int:
             loaded = load_unmerged(config.run)
             assert loaded.run is not None
             output = _output(config, loaded.run / "export")
-            write_adapter(load_run(loaded.run), output, loaded.model, loaded.tokenizer, _card(loaded))
+            write_adapter(load_run(loaded.run), output, loaded.model, loaded.tokenizer, _card(loaded, adapter=True))
     except UserError:
         raise
     except ValueError as error:
@@ -101,7 +101,7 @@ def _overflowing(loaded: Loaded) -> str | None:
     return next((name for name, p in loaded.model.named_parameters() if p.detach().abs().max() > limit), None)
 
 
-def _card(loaded: Loaded) -> str | None:
+def _card(loaded: Loaded, adapter: bool = False) -> str | None:
     """The card that stands beside the weights already, or one made from the run and its checkpoint."""
     if (card := loaded.directory / "README.md").is_file():
         return card.read_text(encoding="utf-8")
@@ -122,10 +122,10 @@ def _card(loaded: Loaded) -> str | None:
         steps=state.step, tokens=state.tokens, seconds=state.seconds, tokens_per_second=0.0, best_val_loss=loss, best_step=None,
         val_bpb=None, gzip_bpb=None, xz_bpb=None, skipped_steps=state.skipped_steps, finished=False,
     )  # fmt: skip
-    return model_card(config, summary)
+    return model_card(config, summary, adapter=adapter)
 
 
-def model_card(config: RunConfig, summary: Summary, corpus: str = "") -> str:
+def model_card(config: RunConfig, summary: Summary, corpus: str = "", adapter: bool = False) -> str:
     """The text of a model card (README.md) in the form that the Hugging Face hub reads.
 
     Paths are cut to their last part: a card is made to be given away.
@@ -134,6 +134,7 @@ def model_card(config: RunConfig, summary: Summary, corpus: str = "") -> str:
         config: the run.
         summary: its figures; None in it stands for what was not measured.
         corpus: how much text it was, for people.
+        adapter: whether it stands beside adapters in PEFT's format, and not beside a whole model.
     """
     import jinja2
 
@@ -149,8 +150,8 @@ def model_card(config: RunConfig, summary: Summary, corpus: str = "") -> str:
         f"feed-forward {model.d_ff} ({model.activation}), {model.positions} positions, {model.norm}"
     )
     return environment.get_template("model_card.md.jinja").render(
-        config=config, summary=summary, corpus=corpus, shape=shape, gpt_version=__version__, torch_version=torch.__version__,
-        data=" and ".join(map(_named, config.data.parts or [config.data])),
+        config=config, summary=summary, corpus=corpus, adapter=adapter, shape=shape, gpt_version=__version__,
+        torch_version=torch.__version__, data=" and ".join(map(_named, config.data.parts or [config.data])),
         init=Path(config.init).name if config.init and Path(config.init).expanduser().exists() else config.init,
     )  # fmt: skip
 

@@ -65,9 +65,9 @@ def write_results(
         gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
         skipped_steps=state.skipped_steps, finished=True, held_out=what,
     )  # fmt: skip
-    card = model_card(config, summary, describe_corpus(data.manifest))
-    _export(config, directory, model, data, card)
-    adapter = _export_adapter(config, directory, trained, data, card, say)
+    corpus = describe_corpus(data.manifest)
+    _export(config, directory, model, data, model_card(config, summary, corpus))
+    adapter = _export_adapter(config, directory, trained, data, model_card(config, summary, corpus, adapter=True), say)
     samples = _samples(config, model, data)
     report = write_report(directory.path, samples, summary)
     for sample in samples:

@@ -12,7 +12,7 @@ from stock_models import OURS, SMALL, load_stock, logits, make_ours, tokens_for
 
 from gpt import GPT, GPTConfig
 from gpt.model.config import LoRAConfig
-from gpt.model.lora import LoRALinear, adapted, adapter_parameters, base, merge, merged
+from gpt.model.lora import LoRALinear, adapted, adapter_parameters, base, merge, merged, without_adapters
 
 ALL = LoRAConfig(rank=3, alpha=5)
 DORA = LoRAConfig(rank=3, alpha=5, dora=True)
@@ -55,6 +55,26 @@ def test_outputs_and_gradients_are_those_of_the_formula(dora, bias):
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if not (dora and name == "weight"):  # DoRA takes the length of W + BA for a constant only towards B and A; W is frozen in use
             torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_the_sum_may_be_formed_again_for_the_backward_pass():
+    kept, freed, x = layer(), layer(), torch.randn(3, 12)
+    freed.keeps_sum = False
+    gradients = []
+    for made in (kept, freed):
+        given = x.clone().requires_grad_()
+        made(given).square().sum().backward()
+        gradients.append([given.grad, *(p.grad for p in made.parameters())])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_adapters_can_be_switched_off_for_a_while():
+    model = with_adapters("qwen3", DORA)
+    on = logits(model, TOKENS)
+    with without_adapters(model):
+        assert torch.equal(logits(model, TOKENS), logits(base(model), TOKENS))
+    assert torch.equal(logits(model, TOKENS), on)
 
 
 def test_what_does_not_train_gets_no_gradient():
