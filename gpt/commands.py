@@ -368,9 +368,11 @@ COMMANDS = {
     "pretrain": Command(
         "train a model from scratch; with no argument, a small one on Python's standard library", RunConfig, "config", trains=True
     ),
-    "finetune": Command("train a model further, on prompts and completions, chats or text", RunConfig, "finetune", trains=True),
+    "finetune": Command("train a model further, on prompts and completions, chats, classes or text", RunConfig, "finetune", trains=True),
     "generate": Command("continue a prompt with a trained model, or chat with it", GenerateConfig),
-    "evaluate": Command("loss, perplexity and bits per byte of a model on text, or its scores on tasks", EvaluateConfig, "evaluate"),
+    "evaluate": Command(
+        "loss, perplexity and bits per byte of a model on text, how right a classifier is, or scores on tasks", EvaluateConfig, "evaluate"
+    ),
     "parity": Command("compare what the device computes with the CPU, layer by layer, on one batch of a run", RunConfig, "config"),
     "precompile": Command("compile the graphs of a run ahead of it, into the device's cache", RunConfig, "config"),
     "export": Command("write a run's weights as a Hugging Face directory", ExportConfig),

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 
 from gpt.commands import COMMANDS, EvaluateConfig
 from gpt.config import DeviceName, RunConfig
-from gpt.data.config import TokenizerConfig
+from gpt.data.config import TEXT_SOURCES, TokenizerConfig
 from gpt.errors import UserError
 from gpt.runtime.environment import prepare_environment
 from gpt.typed import from_dict, key_of, nearest, nearest_and_all, nearest_key, schema_keys, shown
@@ -138,6 +138,8 @@ def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None 
             refuse_no_run("model", config.model)  # before a text or the index of tasks is read, which takes seconds
         if not any(name.partition(".")[0] == "data" for name in (*chosen, *settings)):
             _take_own_data(config)
+        elif config.model and not config.tasks and config.examples == "auto":
+            config.examples = _reads_examples(config) or "auto"
     config.validate()
     return config
 
@@ -166,6 +168,16 @@ def _take_own_data(config: EvaluateConfig) -> None:
             config.context_length = config.context_length or own.sequence_length
     if config.part == "auto":
         config.part = "held_out"
+
+
+def _reads_examples(config: EvaluateConfig) -> bool:
+    """Whether rows of files, which may be either, are examples for the model: for a classifier they are."""
+    if config.data.source in TEXT_SOURCES:
+        return False
+    prepare_environment(config.device_config, check=False)
+    from gpt.inference.loading import read_shape  # imports torch
+
+    return read_shape(config.model, config.allow_pickle, "model")[0].head != "language_model"
 
 
 def expanded(path: str) -> Path:

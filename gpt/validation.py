@@ -86,6 +86,10 @@ def _validate_lora(c: RunConfig) -> None:
 def _validate_text(c: RunConfig) -> None:
     """What is read, and how it becomes ids."""
     validate_data(c.data)
+    if c.model.head != "language_model" and not c.init:
+        raise UserError(
+            f"model.head={c.model.head}: a head of classes is put on trained weights; gpt finetune does it where rows have classes"
+        )
     if c.on_examples and c.command == "finetune":
         validate_examples(c.data)
     else:

@@ -81,7 +81,7 @@ def ours(pace: Pace, settings: list[str], epochs: str = "") -> None:
                 batch = made[-1]
                 first += BATCH
             else:
-                batch = made[counts.values["losses"].item() % 3]
+                batch = made[int(counts.values["losses"]) % 3]
             pace.step()
             step(batch)
 

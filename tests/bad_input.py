@@ -25,6 +25,8 @@ BAD_INPUT = {
     "pretrain gpt2-xl": ("gpt2-xl", "key=value", "model=gpt2-xl?"),
     "generate model=x promt=hi": ("promt=hi", "prompt?"),
     "generate model=x train.budget=3steps": ("train.budget=3steps", "no such key"),
+    "pretrain model.head=sequence": ("model.head=sequence", "gpt finetune"),
+    "pretrain model.head=sequences": ("model.head=sequences", "sequence?"),
     # types
     "pretrain model.n_layer=three": ("model.n_layer=three", "a whole number"),
     "pretrain model.n_layer=2.5": ("model.n_layer=2.5", "a whole number"),

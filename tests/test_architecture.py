@@ -43,7 +43,7 @@ MAY_IMPORT = {
     },
     "gpt.finetuning": {"gpt.config", "gpt.errors", "gpt.typed", "gpt.data", "gpt.inference.loading", "gpt.model", "gpt.runtime"},
     "gpt.evaluation": {
-        "gpt", "gpt.commands", "gpt.errors", "gpt.data", "gpt.model", "gpt.runtime",
+        "gpt", "gpt.commands", "gpt.errors", "gpt.typed", "gpt.data", "gpt.model", "gpt.runtime",
         "gpt.inference.generate", "gpt.inference.loading", "gpt.inference.quantize", "gpt.inference.sampling",
     },
     "gpt.inference": {"gpt.errors", "gpt.data.tokenizer", "gpt.model", "gpt.runtime"},
@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "gpt.compose", "gpt.data.tokenizer", "gpt.errors", "gpt.model", "gpt.typed",
         "gpt.training.checkpoint",  # inside a function: a run that has not finished has only checkpoints
     },
-    "gpt.inference.command": {"gpt.commands", "gpt.errors", "gpt.inference", "gpt.runtime"},
+    "gpt.inference.command": {"gpt.commands", "gpt.errors", "gpt.inference", "gpt.model.heads", "gpt.runtime"},
     "gpt.runtime": {"gpt.config", "gpt.errors", "gpt.model"},
     "gpt.inspection": {"gpt.commands", "gpt.errors", "gpt.data", "gpt.model", "gpt.inference.loading"},
     "gpt.runs": {

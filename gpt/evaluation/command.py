@@ -16,16 +16,21 @@ import torch
 
 from gpt import __version__
 from gpt.commands import EvaluateConfig
+from gpt.data.config import TEXT_SOURCES
 from gpt.data.sources import ReadReport
 from gpt.errors import UserError
-from gpt.evaluation.examples import read_examples
+from gpt.evaluation.classification import FIGURES, as_json, matrix_lines, table_lines
+from gpt.evaluation.examples import EncodedExamples, read_examples
 from gpt.evaluation.harness import find_tasks, run_tasks
-from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, score_examples, strided_loss
+from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, score_classes, score_examples, strided_loss
 from gpt.evaluation.progress import note, progress_bar
 from gpt.evaluation.text import COMPRESSED_BYTES, encode_texts, read_texts
-from gpt.inference.loading import Loaded, load_model
+from gpt.inference.loading import Loaded, load_model, read_shape
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device, find_decoding_device, find_device
+from gpt.typed import shown
+
+Score = Callable[[Callable[[int], None]], HeldOutLoss]
 
 _LONG = 8192  # a window that takes more memory than many a machine has
 
@@ -40,7 +45,10 @@ def evaluate(config: EvaluateConfig) -> int:
     if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
         raise UserError(f"output={config.output}: {'is a folder' if output.is_dir() else f'cannot write to the folder {output.parent}'}")
     tasks = find_tasks(config.tasks, config.tasks_dir) if config.tasks else None
-    texts = [] if config.tasks or config.on_examples else _read(config)
+    classifies = config.model != "" and read_shape(config.model, config.allow_pickle, "model")[0].head != "language_model"
+    if classifies:
+        _refuse_text(config)
+    texts = [] if config.tasks or config.on_examples or classifies else _read(config)
     device = (find_decoding_device if config.tasks else find_device)(config.device_config, config.precision)
     loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
     limit = loaded.model.config.context_length
@@ -51,6 +59,8 @@ def evaluate(config: EvaluateConfig) -> int:
     if tasks is not None:
         _quantize(config, loaded.model)
         report |= run_tasks(tasks, loaded, length, config)
+    elif classifies:
+        report |= _on_classes(config, loaded, device, length)
     elif config.on_examples:
         report |= _on_examples(config, loaded, device, length)
     else:
@@ -126,10 +136,51 @@ def _on_text(config: EvaluateConfig, loaded: Loaded, device: Device, length: int
     return report | measured | {"compressed_bits_per_byte": compressed} | _quantized(config, loaded, measured, score, tokens, encoded.bytes)
 
 
-def _on_examples(config: EvaluateConfig, loaded: Loaded, device: Device, length: int) -> dict[str, Any]:
-    """Score what is to be learned of examples and print the figures; they are returned for the file."""
+def _refuse_text(config: EvaluateConfig) -> None:
+    """Raises UserError for what only a language model can be measured on."""
+    classifier = f"model={config.model} is a classifier, which continues no text; give it rows with classes, e.g. data=jsonl"
+    if config.tasks or config.examples is False:
+        asked = f"tasks={shown(config.tasks)}" if config.tasks else "examples=false"
+        raise UserError(f"{asked}: {classifier} data.paths=[rows.jsonl]")
+    if config.data.source in TEXT_SOURCES:
+        raise UserError(f"data={config.data.source} is text: {classifier} data.paths=[rows.jsonl]")
+
+
+def _on_classes(config: EvaluateConfig, loaded: Loaded, device: Device, length: int) -> dict[str, Any]:
+    """Score a classifier on examples and print the figures; they are returned for the file."""
+    examples, report = _read_examples(config, loaded, length)
+
+    def score(scored: Callable[[int], None]) -> HeldOutLoss:
+        as_it_is, batches = replace(device, dtype=torch.float32), examples.batches(config.batch)
+        return score_classes(loaded.model, batches, as_it_is, scored)
+
+    measured = _measure_classes(config, score, examples.tokens)
+    if config.quantize != "none":
+        print()
+        _quantize(config, loaded.model)
+        measured[config.quantize] = _measure_classes(config, score, examples.tokens)
+    return report | measured
+
+
+def _measure_classes(config: EvaluateConfig, score: Score, count: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    with progress_bar("scoring", count) as advance:
+        result = score(advance)
+    seconds, scores = time.perf_counter() - started, result.scores
+    assert scores is not None
+    _refuse_damaged(config, result)
+    _row("loss", f"{result.loss:.4f} nats per {scores.what}")
+    for name, value in scores.figures().items():
+        _row(FIGURES[name], f"{value:.4f}")
+    _row("time", f"{seconds:.1f} s, {scores.count / seconds:,.0f} {scores.what}s/s")
+    print("", *matrix_lines(scores), "", *table_lines(scores), sep="\n")
+    return {"loss": result.loss, **as_json(scores), "seconds": seconds}
+
+
+def _read_examples(config: EvaluateConfig, loaded: Loaded, length: int) -> tuple[EncodedExamples, dict[str, Any]]:
+    """The examples, and what there is to say of them, which is printed, for the file."""
     length = min(length, _LONG) if not config.context_length else length
-    examples, read = read_examples(config, loaded.tokenizer, length)
+    examples, read = read_examples(config, loaded.tokenizer, length, loaded.model.config)
     for line in read.warnings():
         note(line)
     held_out = config.part == "held_out"
@@ -138,9 +189,18 @@ def _on_examples(config: EvaluateConfig, loaded: Loaded, device: Device, length:
         "format": examples.format, "examples": examples.examples, "tokens": examples.tokens, "bytes": examples.bytes,
         "counts": dict(examples.counts),
     }  # fmt: skip
-    _row("examples", f"{_source(config)}: {examples.examples:,} of {examples.format}, {examples.tokens:,} tokens to score")
+    if loaded.model.config.head != "language_model":
+        del report["bytes"]  # a class is no text
+    what = {"language_model": "tokens", "sequence": "texts", "tokens": "words"}[loaded.model.config.head]
+    _row("examples", f"{_source(config)}: {examples.examples:,} of {examples.format}, {examples.tokens:,} {what} to score")
     if examples.counts:
         _row("", ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in sorted(examples.counts.items())))
+    return examples, report
+
+
+def _on_examples(config: EvaluateConfig, loaded: Loaded, device: Device, length: int) -> dict[str, Any]:
+    """Score what is to be learned of examples and print the figures; they are returned for the file."""
+    examples, report = _read_examples(config, loaded, length)
     as_it_is, lengths = replace(device, dtype=torch.float32), loaded.tokenizer.byte_lengths()
 
     def score(scored: Callable[[int], None]) -> HeldOutLoss:
@@ -148,9 +208,6 @@ def _on_examples(config: EvaluateConfig, loaded: Loaded, device: Device, length:
 
     measured = _measure(config, score, examples.tokens, examples.bytes)
     return report | measured | _quantized(config, loaded, measured, score, examples.tokens, examples.bytes)
-
-
-Score = Callable[[Callable[[int], None]], HeldOutLoss]
 
 
 def _quantized(
@@ -180,10 +237,7 @@ def _measure(config: EvaluateConfig, score: Score, tokens: int, n_bytes: int) ->
     with progress_bar("scoring", tokens) as advance:
         result = score(advance)
     result, seconds = replace(result, bytes=n_bytes), time.perf_counter() - started
-    if not math.isfinite(result.loss):
-        raise UserError(
-            f"model={config.model}: its loss is {result.loss}; its weights are damaged, or too large for precision={config.precision}"
-        )
+    _refuse_damaged(config, result)
     _row("loss", f"{result.loss:.4f} nats per token")
     _row("perplexity", f"{result.perplexity:.3f} per token")
     _row("bits per byte", f"{result.bits_per_byte:.4f}")
@@ -195,6 +249,13 @@ def _measure(config: EvaluateConfig, score: Score, tokens: int, n_bytes: int) ->
         "seconds": seconds,
         "tokens_per_second": result.tokens / seconds,
     }
+
+
+def _refuse_damaged(config: EvaluateConfig, result: HeldOutLoss) -> None:
+    if not math.isfinite(result.loss):
+        raise UserError(
+            f"model={config.model}: its loss is {result.loss}; its weights are damaged, or too large for precision={config.precision}"
+        )
 
 
 def _row(name: str, text: str) -> None:

@@ -22,8 +22,12 @@ from gpt.data.sources import ReadReport, Source, open_source
 from gpt.data.survey import HoldOut, survey
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from gpt.model.config import GPTConfig
+from gpt.model.heads import describe
+from gpt.typed import shown
 
 _FORMAT_ROWS = 100  # whose fields tell the format
+_FORMATS = {"sequence": "text_label", "tokens": "tokens_tags"}  # that a head of classes is measured on
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class EncodedExamples:
         rows: several examples each, none seeing another.
         format: as it was recognised.
         examples: how many.
-        tokens: that are scored.
+        tokens: that are scored; of classes, how many.
         bytes: UTF-8 bytes of those.
         counts: truncated, dropped_no_target and the like.
     """
@@ -52,27 +56,32 @@ class EncodedExamples:
             yield self.rows.make(np.arange(first, min(first + batch, self.rows.windows)))
 
 
-def read_examples(config: EvaluateConfig, tokenizer: Tokenizer, context_length: int) -> tuple[EncodedExamples, ReadReport]:
+def read_examples(
+    config: EvaluateConfig, tokenizer: Tokenizer, context_length: int, model: GPTConfig
+) -> tuple[EncodedExamples, ReadReport]:
     """Read the examples to measure on: all, or those that a run with this data holds out; filtered and redacted as the config says.
 
     Args:
         config: what to read, and how.
         tokenizer: the model's.
         context_length: most tokens of an example.
+        model: whose head says what examples teach, and which classes there are.
 
     Raises:
-        UserError: rows that cannot be read, are no examples of text, or leave nothing to score.
+        UserError: rows that cannot be read, are not for this head, name a class that it does not have, or leave nothing to score.
     """
     data, report, counts = config.data, ReadReport(), Counter()
-    settings = ExampleSettings(data.format, config.loss_on, data.too_long, context_length)
+    settings = ExampleSettings(data.format, config.loss_on, data.too_long, context_length, model.classes)
+    if data.labels and data.labels != model.classes:
+        raise UserError(f"data.labels={shown(data.labels)}: the model's head is {describe(model)}; leave it out")
     chunks: list[Chunk] = []
     formats: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder) / "tokenizer.json")
         for part in data.parts or [data]:
             source = open_source(part, data.on_error)
-            formats.append(_format(source, data))
-            encoder = ExampleEncoder(folder, settings, formats[-1], [])
+            formats.append(_format(source, data, model))
+            encoder = ExampleEncoder(folder, settings, formats[-1], model.classes)
             chunks += _read_source(source, encoder, data, config.part == "held_out", report, counts)
     starts = [chunk.starts + before for chunk, before in zip(chunks, _before(chunks), strict=True)]
     borders = np.concatenate([*starts, [sum(len(chunk.ids) for chunk in chunks)]]).astype(np.uint64)
@@ -81,18 +90,22 @@ def read_examples(config: EvaluateConfig, tokenizer: Tokenizer, context_length: 
         of = " held-out" * (config.part == "held_out")
         raise UserError(f"data: there are no{of} examples to score" + f" ({left})" * bool(left))
     ids, labels = (np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("ids", "labels"))
-    packed = ExampleRows(Split(TokenArray([ids]), borders, TokenArray([labels])), context_length, packed=data.packing == "best_fit")
+    split, shifted = Split(TokenArray([ids]), borders, TokenArray([labels])), model.head == "language_model"
+    packed = ExampleRows(split, context_length, shifted=shifted, packed=data.packing == "best_fit")
     size = sum(chunk.n_bytes for chunk in chunks)
     return EncodedExamples(packed, " and ".join(dict.fromkeys(formats)), len(borders) - 1, packed.tokens_per_epoch, size, counts), report
 
 
-def _format(source: Source, data: DataConfig) -> str:
+def _format(source: Source, data: DataConfig, model: GPTConfig) -> str:
     first = list(islice(source.rows(ReadReport()), _FORMAT_ROWS))
     kind = recognise_format(first, data.format, data.on_error == "skip")
-    if kind in ("text_label", "tokens_tags"):
+    wanted = _FORMATS.get(model.head)
+    if wanted is not None and kind != wanted:
+        raise UserError(f"data: its rows are of {kind}, and the model's head is {describe(model)}; give rows of {wanted}")
+    if wanted is None and kind in _FORMATS.values():
         raise UserError(
             f"data: its rows are of the format {kind}, which needs a classification head, and this model continues text; "
-            "look at them with gpt inspect"
+            "train one on such rows with gpt finetune, or look at them with gpt inspect"
         )
     return kind
 

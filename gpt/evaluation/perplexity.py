@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gpt.data.batches import Batch
 from gpt.data.shards import TokenArray
+from gpt.evaluation.classification import ClassCounts, ClassScores
 from gpt.model.loss import IGNORE
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device
@@ -35,6 +36,8 @@ class HeldOutLoss:
     tokens: int
     bytes: int
     """Of the text that the tokens stand for."""
+    scores: ClassScores | None = None
+    """Of a classifier, whose targets are classes: how often it is right."""
 
     @property
     def loss(self) -> float:
@@ -45,6 +48,12 @@ class HeldOutLoss:
     def perplexity(self) -> float:
         """Per token; infinite where it exceeds what a float holds."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def figures(self) -> dict[str, float]:
+        """Those of a validation, as they stand in metrics.jsonl."""
+        if self.scores is None:
+            return {"val_loss": self.loss, "val_bpb": self.bits_per_byte}
+        return {"val_loss": self.loss, **{f"val_{name}": value for name, value in self.scores.figures().items()}}
 
     @property
     def bits_per_byte(self) -> float:
@@ -176,6 +185,22 @@ def score_examples(
     result = score_batches(model, partial(_valid_nll, model, device.fixed_graphs), batches, byte_lengths, device, scored=scored)
     assert result is not None
     return result
+
+
+def score_classes(model: GPT, batches: Iterable[Batch], device: Device, scored: Callable[[int], None]) -> HeldOutLoss:
+    """Score a classifier on the classes of examples, and count what it says. The rest as for `score_batches`."""
+    counts = ClassCounts(model)
+
+    def nll(batch: Batch) -> Tensor:
+        hidden = model.hidden_states(batch.tokens, documents=batch.documents)
+        counts(hidden, batch.targets)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_nll(model, hidden.flatten(0, 1), batch.targets.flatten())[0].sum()
+
+    no_text = np.zeros(len(counts.classes), dtype=np.int64)
+    result = score_batches(model, counts.beside(nll), batches, no_text, device, scored=scored)
+    assert result is not None
+    return replace(result, scores=counts.scores())
 
 
 def _valid_nll(model: GPT, fixed_shapes: bool, batch: Batch) -> Tensor:

@@ -20,6 +20,7 @@ from gpt.inference.loading import Loaded, load_model
 from gpt.inference.packing import pack_for_inference
 from gpt.inference.quantize import quantize_int8
 from gpt.inference.sampling import Sampling
+from gpt.model.heads import describe
 from gpt.runtime.compiling import should_compile_decoding
 from gpt.runtime.device import find_decoding_device
 
@@ -34,6 +35,11 @@ def generate(config: GenerateConfig) -> int:
     started = time.perf_counter()
     device = find_decoding_device(config.device_config, config.precision)
     loaded = load_model(config.model, device.type, device.dtype, config.allow_pickle)
+    if loaded.model.config.head != "language_model":
+        raise UserError(
+            f"model={config.model} is a classifier: its head is {describe(loaded.model.config)}, and it continues no text; measure it with "
+            "gpt evaluate, or load it with transformers"
+        )
     if wrong := [i for i in config.stop_ids if not 0 <= i < loaded.model.config.vocab_size]:
         raise UserError(f"stop_ids={wrong[0]}: the model's ids go from 0 to {loaded.model.config.vocab_size - 1}")
     if config.verbose:

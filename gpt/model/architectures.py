@@ -42,6 +42,8 @@ class Family:
     positions: str | None = None
     norm_bias: bool = False
     head: str = "lm_head"
+    token_head: str = "score"
+    """The head of its class for tokens; that of its class for texts is `score` in every family."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Second names of keys, which count before the first."""
 
@@ -96,6 +98,7 @@ FAMILIES: dict[str, Family] = {
         },
         positions="wpe",
         norm_bias=True,
+        token_head="classifier",
         aliases={
             "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
             "num_hidden_layers": "n_layer",
@@ -122,9 +125,13 @@ FAMILIES: dict[str, Family] = {
         },
         norm_bias=True,
         head="embed_out",  # in files; transformers 5 renames it to lm_head as it loads, and back as it saves
+        token_head="classifier",
     ),
 }  # fmt: skip
 MODEL_TYPES = {"GPT2": "gpt2", "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "GPTNeoX": "gpt_neox"}
+
+# The classes of `transformers` that hold a head of classes, behind the family's name.
+CLASSIFIERS = {"sequence": "ForSequenceClassification", "tokens": "ForTokenClassification"}
 
 # Llama 3.1's rotary scaling: its key in config.json and our field.
 LLAMA3 = {
@@ -177,6 +184,23 @@ class StoredTensor:
         return list(tensor.chunk(len(self.ours)))
 
 
+def _stem(family: Family) -> str:
+    """The family's name, with which the names of all its classes begin."""
+    return re.sub("(LMHeadModel|ForCausalLM)$", "", family.class_name)
+
+
+def head_of(values: dict[str, Any]) -> str:
+    """Which head a checkpoint has, by the class that its config.json names: a `GPTConfig.head`."""
+    named = [str(name) for name in values.get("architectures") or ()]
+    return next((head for head, suffix in CLASSIFIERS.items() if any(name.endswith(suffix) for name in named)), "language_model")
+
+
+def head_name(values: dict[str, Any]) -> str:
+    """What a checkpoint with this config.json calls its head."""
+    family = FAMILIES[values["model_type"]]
+    return {"language_model": family.head, "sequence": "score", "tokens": family.token_head}[head_of(values)]
+
+
 def stored_tensors(n_layer: int, values: dict[str, Any]) -> Iterator[StoredTensor]:
     """Every tensor that a checkpoint with this config.json holds, in order.
 
@@ -195,8 +219,11 @@ def stored_tensors(n_layer: int, values: dict[str, Any]) -> Iterator[StoredTenso
                 yield StoredTensor(f"{family.root}.{family.block}.{layer}.{name}.{kind}", parts, layout)
     for kind in ("weight", "bias") if family.norm_bias else ("weight",):
         yield StoredTensor(f"{family.root}.{family.final_norm}.{kind}", (f"final_norm.{kind}",))
-    if not values["tie_word_embeddings"]:
-        yield StoredTensor(f"{family.head}.weight", ("head.weight",))
+    head = head_of(values)
+    if head != "language_model" or not values["tie_word_embeddings"]:
+        yield StoredTensor(f"{head_name(values)}.weight", ("head.weight",))
+    if head == "tokens" and values.get("token_classification_bias", True):
+        yield StoredTensor(f"{head_name(values)}.bias", ("head.bias",))
 
 
 def to_hf_config(config: GPTConfig) -> dict[str, Any]:
@@ -214,6 +241,13 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_cache": True,
     }
+    if config.head != "language_model":
+        values |= {
+            "architectures": [_stem(family) + CLASSIFIERS[config.head]],
+            "id2label": {str(number): name for number, name in enumerate(config.classes)},
+            "label2id": {name: number for number, name in enumerate(config.classes)},
+            **({"problem_type": "single_label_classification"} if config.head == "sequence" else {"classifier_dropout": 0.0}),
+        }
     if model_type == "gpt2":
         return values | {
             "n_positions": config.context_length, "n_ctx": config.context_length, "n_embd": config.d_model, "n_layer": config.n_layer,
@@ -250,10 +284,11 @@ def complete(values: dict[str, Any], where: str) -> dict[str, Any]:
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         raise ValueError(f"{where}: model_type={values.get('model_type')!r} cannot be loaded; {', '.join(FAMILIES)} can")
-    body = re.sub("(LMHeadModel|ForCausalLM)$", "Model", family.class_name)
     named = values.get("architectures") or [family.class_name]
-    if not {family.class_name.lower(), body.lower()} & {str(name).lower() for name in named}:
-        raise ValueError(f"{where}: architectures={json.dumps(named)} cannot be loaded as a language model; {family.class_name} can")
+    known = [family.class_name, *(_stem(family) + suffix for suffix in ("Model", *CLASSIFIERS.values()))]
+    if not {name.lower() for name in known} & {str(name).lower() for name in named}:
+        can = f"{family.class_name}, {known[-2]} and {known[-1]} can"
+        raise ValueError(f"{where}: architectures={json.dumps(named)} cannot be loaded as a language model or a classifier; {can}")
     values = {key: value for key, value in values.items() if value is not None}
     for alias, key in family.aliases.items():
         if alias in values:
@@ -289,6 +324,7 @@ def from_hf_config(values: dict[str, Any], where: str) -> GPTConfig:
     if len(dropouts) > 1:
         warnings.warn(f"{where}: {', '.join(family.dropout_keys)} differ, and GPT has one dropout: it is set to 0", stacklevel=4)
     common: dict[str, Any] = {
+        **_classes(values, where),
         "vocab_size": size("vocab_size"),
         "activation": activation,
         "tie_embeddings": values["tie_word_embeddings"],
@@ -321,6 +357,21 @@ def from_hf_config(values: dict[str, Any], where: str) -> GPTConfig:
         return GPTConfig(**common)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _classes(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Our fields of the head. Its dropout in the stock classes is of their training alone, and has no counterpart here."""
+    head = head_of(values)
+    if head == "language_model":
+        return {}
+    if head == "sequence" and values.get("problem_type", "single_label_classification") != "single_label_classification":
+        raise ValueError(_unsupported(where, "problem_type", values["problem_type"]))
+    count = values.get("num_labels", 2)  # what `transformers` takes where it has written no names, which it does for two unnamed classes
+    names = values.get("id2label", {str(number): f"LABEL_{number}" for number in range(count)} if type(count) is int else None)
+    if not isinstance(names, dict) or {str(number) for number in range(len(names))} != {str(key) for key in names}:
+        raise ValueError(f"{where}: id2label={json.dumps(names)} must name the classes 0, 1 and so on, each once")
+    classes = {str(key): name for key, name in names.items()}
+    return {"head": head, "classes": [str(classes[str(number)]) for number in range(len(classes))]}
 
 
 def _unsupported(where: str, key: str, value: object) -> str:

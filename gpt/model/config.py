@@ -76,9 +76,15 @@ class GPTConfig:
     """Attention and feed-forward read the same input and are added together (GPT-NeoX)."""
     dropout: float = 0.0
     """Dropout on embeddings, attention weights and both residual branches, while training."""
+    head: Literal["language_model", "sequence", "tokens"] = "language_model"
+    """What the output is: the next token; the class of a text, read at its last token; or that of each word, at its first piece. In a
+    fine-tuning run, as its rows show: text_label makes it sequence, tokens_tags tokens."""
+    classes: list[str] = field(default_factory=list)
+    """head=sequence and tokens: the classes in order. [] in a run's config: data.labels, or those that occur in the data."""
 
     def __post_init__(self) -> None:
         self._check_ranges()
+        self._check_head()
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
@@ -123,6 +129,25 @@ class GPTConfig:
             raise ValueError(f"rope_high_frequency_factor={high} must be greater than rope_low_frequency_factor={low} and finite")
         if self.rope_scaling != "none" and self.positions != "rotary":
             raise ValueError(f"rope_scaling={self.rope_scaling} with positions={self.positions} must be none: nothing is rotated there")
+
+    def _check_head(self) -> None:
+        if self.head == "language_model":
+            if self.classes:
+                raise ValueError(f"classes={_some(self.classes)} with head=language_model must be []; head=sequence or tokens has classes")
+            return
+        self.tie_embeddings = False  # there is nothing that the embedding could be tied to
+        if len(self.classes) == 1:
+            raise ValueError(f"classes={_some(self.classes)} is one class; telling classes apart takes two or more")
+        if not all(isinstance(name, str) and name.strip() for name in self.classes):
+            raise ValueError(f"classes={_some(self.classes)}: each must be a name")
+        if len(set(self.classes)) < len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ValueError(f"classes: {twice} is there twice; no stock architecture can hold two classes of one name")
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives for each token: one for every id of the vocabulary, or for every class."""
+        return self.vocab_size if self.head == "language_model" else len(self.classes)
 
     @property
     def rotary_dim(self) -> int:
@@ -171,6 +196,11 @@ class GPTConfig:
         if rms:
             return "Llama"
         return "GPTNeoX" if self.positions == "rotary" else "GPT2"
+
+
+def _some(names: list[str]) -> str:
+    """A list of names, cut to a readable length."""
+    return "[" + ", ".join(map(str, names[:5])) + (", ...]" if len(names) > 5 else "]")
 
 
 @dataclass

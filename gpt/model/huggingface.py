@@ -6,11 +6,13 @@ where the files are and how they are opened that of `gpt.model.weight_files`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
 import re
 import shutil
+import warnings
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gpt.model.architectures import FAMILIES, StoredTensor, complete, from_hf_config, stored_tensors, to_hf_config
+from gpt.model.architectures import FAMILIES, StoredTensor, complete, from_hf_config, head_name, head_of, stored_tensors, to_hf_config
 from gpt.model.config import GPTConfig
 from gpt.model.lora import LoRALinear, adapted, adapter_parameters, merge
 from gpt.model.peft_files import base_of, is_adapter_folder, load_adapter
@@ -135,13 +137,15 @@ class _NoInit(TorchFunctionMode):
 def _full_names(directory: Path, headers: list[TensorHeader], values: dict[str, Any]) -> dict[str, TensorHeader]:
     """Every weight of the checkpoint by the name that the stock class gives it."""
     weights = [header for header in headers if not NOT_WEIGHTS.search(header.name)]
-    family = FAMILIES[values["model_type"]]
-    heads = {"lm_head.weight", f"{family.head}.weight"}
+    family, head = FAMILIES[values["model_type"]], head_name(values)
+    heads = {f"{head}.weight": f"{head}.weight", f"{head}.bias": f"{head}.bias"}
+    if head_of(values) == "language_model":
+        heads["lm_head.weight"] = f"{head}.weight"
     # Saved from the body alone, as OpenAI's GPT-2 was, the names lack the first part.
     root = "" if any(header.name.startswith(family.root + ".") for header in weights) else family.root + "."
     found: dict[str, TensorHeader] = {}
     for header in weights:
-        name = f"{family.head}.weight" if header.name in heads else root + header.name
+        name = heads.get(header.name) or root + header.name
         if name in found:
             raise ValueError(f"{directory}: {name} is there twice, in {found[name].file.name} and {header.file.name}; remove one")
         found[name] = header
@@ -149,13 +153,13 @@ def _full_names(directory: Path, headers: list[TensorHeader], values: dict[str, 
 
 
 def _check_names(directory: Path, expected: list[str], found: dict[str, TensorHeader], values: dict[str, Any]) -> None:
-    head_name = f"{FAMILIES[values['model_type']].head}.weight"
-    if values["tie_word_embeddings"] and head_name in found:
-        head = found.pop(head_name)
+    name = f"{head_name(values)}.weight"
+    if head_of(values) == "language_model" and values["tie_word_embeddings"] and name in found:
+        head = found.pop(name)
         tokens = found.setdefault(expected[0], head)  # some writers keep the shared tensor under the head's name alone
         if tokens is not head and not torch.equal(*(tensor for _, tensor in [*read_tensors([tokens]), *read_tensors([head])])):
             raise ValueError(
-                f"{directory}: {head_name} differs from the token embedding, which tie_word_embeddings=true says it is; "
+                f"{directory}: {name} differs from the token embedding, which tie_word_embeddings=true says it is; "
                 "set tie_word_embeddings to false in config.json, or remove the tensor"
             )
     for problem, wrong in (("lacks", {*expected} - {*found}), ("has, beyond what config.json describes,", {*found} - {*expected})):
@@ -216,11 +220,23 @@ def save_pretrained(
             raise ValueError(f"the tokenizer has {count} ids and the model vocab_size={config.vocab_size}; they must be of one run")
         if hasattr(tokenizer, "to_transformers"):
             tokenizer = tokenizer.to_transformers(config.context_length)
-    # pad stands only in generation_config.json: in config.json it would make the stock classes' embedding of it untrainable.
+        if config.head != "language_model" and tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+            tokenizer = copy.deepcopy(tokenizer)  # the caller's stays as it is
+            tokenizer.pad_token = tokenizer.eos_token
+        if config.head == "sequence" and tokenizer.pad_token_id is None:
+            warnings.warn(
+                "the tokenizer names neither padding nor an end of text: config.json gets no pad_token_id, and "
+                f"{values['architectures'][0]} then takes one text at a time",
+                stacklevel=3,
+            )
     ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ids = {key: value for key, value in ids.items() if value is not None}
     dtype_name = str(dtype or token_dtype).removeprefix("torch.")
     values |= {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id")}
+    # For a language model pad stands only in generation_config.json: in config.json it would make the stock classes' embedding of it
+    # untrainable. The stock classes of classifiers find the last token of each text by it, and take one text at a time without.
+    if config.head != "language_model":
+        values["pad_token_id"] = ids.get("pad_token_id")
     values |= {"dtype": dtype_name, "torch_dtype": dtype_name}
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give a directory to write the model into")
@@ -234,10 +250,11 @@ def save_pretrained(
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
         _write_weights(model, ours, _shards(expected, ours, config, (dtype or token_dtype).itemsize), dtype, aside)
-        _write_json(aside / "generation_config.json", ids)
-        for file in aside.glob("*.safetensors"):  # which come readable by their owner alone
-            shutil.copymode(aside / "generation_config.json", file)
         _write_json(aside / "config.json", values)
+        if config.head == "language_model":
+            _write_json(aside / "generation_config.json", ids)
+        for file in aside.glob("*.safetensors"):  # which come readable by their owner alone
+            shutil.copymode(aside / "config.json", file)
         _move_into_place(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -267,7 +284,7 @@ def _write_weights(
 def _move_into_place(aside: Path, directory: Path) -> None:
     """Replace the model in `directory` by the whole one in `aside`. Left-overs would be loaded in place of what is new."""
     files = sorted((f for f in aside.rglob("*") if f.is_file()), key=lambda f: f.name == "config.json")
-    stale = ["config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+    stale = ["config.json", "generation_config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors"]
     if (aside / "tokenizer_config.json").exists():
         stale += TOKENIZER_FILES
     for pattern in stale:

@@ -84,9 +84,14 @@ def _product_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _logits(rows: Tensor, narrow: Tensor, vocab_size: int) -> Tensor:
-    """rows (C, E), narrow (P, E) -> (C, P), with no probability left to the columns beyond the vocabulary."""
-    logits = rows @ narrow.T
+def _product_bias(bias: Tensor | None, narrow: Tensor) -> Tensor | None:
+    """The head's bias (V,) in the products' dtype, as long as their weight (P, E)."""
+    return None if bias is None else F.pad(bias.to(narrow.dtype), (0, len(narrow) - len(bias)))
+
+
+def _logits(rows: Tensor, narrow: Tensor, bias: Tensor | None, vocab_size: int) -> Tensor:
+    """rows (C, E), narrow (P, E), bias (P,) -> (C, P), with no probability left to the columns beyond the vocabulary."""
+    logits = rows @ narrow.T if bias is None else torch.addmm(bias, rows, narrow.T)
     if vocab_size < len(narrow):
         logits[:, vocab_size:] = float("-inf")
     return logits
@@ -98,36 +103,40 @@ class _Function(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         dtype: torch.dtype,
         chunks: list[slice | Tensor],
         softmax: Callable[..., Any],
     ) -> Tensor:
         narrow = _product_weight(weight, dtype)  # (P, E)
+        narrow_bias = _product_bias(bias, narrow)
         hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros(narrow.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros(len(narrow), dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[2] else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         for chunk in chunks:
             rows = hidden[chunk].to(dtype)  # (C, E)
-            part, gradient = softmax(_logits(rows, narrow, len(weight)), targets[chunk])
+            part, gradient = softmax(_logits(rows, narrow, narrow_bias, len(weight)), targets[chunk])
             nll += part
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = gradient @ narrow
             if weight_gradient is not None:
                 weight_gradient += gradient.T @ rows
-        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient[: len(weight)])
-        ctx.dtypes = hidden.dtype, weight.dtype
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(hidden_gradient, *(None if g is None else g[: len(weight)] for g in (weight_gradient, bias_gradient)))
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return nll
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (scale,) = outputs
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        return (
-            None if hidden_gradient is None else (hidden_gradient * scale).to(ctx.dtypes[0]),
-            None if weight_gradient is None else (weight_gradient * scale).to(ctx.dtypes[1]),
-            None, None, None, None,
-        )  # fmt: skip
+        gradients = (
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*gradients, None, None, None, None)
 
 
 class LinearCrossEntropy(nn.Module):
@@ -148,7 +157,7 @@ class LinearCrossEntropy(nn.Module):
         """Fuse the softmax part with `torch.compile(**options)`; the matrix products stay as they are."""
         self.softmax = torch.compile(_nll_and_gradient, **options)
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """The sum over the valid targets.
 
         Args:
@@ -156,6 +165,7 @@ class LinearCrossEntropy(nn.Module):
             weight: (V, E).
             targets: (...) int64 with IGNORE where nothing is learned.
             rows: (n,) of `valid_rows(targets, chunk_size(...))`, on the device; the only places then looked at. None: all.
+            bias: (V,), of a head that has one.
 
         Returns:
             Scalar, fp32.
@@ -165,12 +175,14 @@ class LinearCrossEntropy(nn.Module):
         chunks: list[slice | Tensor] = [slice(start, start + size) for start in range(0, len(hidden), size)]
         if rows is not None:
             chunks = list(rows.split(size)) if len(rows) else []
-        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        learns = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        if torch.is_grad_enabled() and learns:
             with torch.autocast(hidden.device.type, enabled=False):
-                return cast(Tensor, _Function.apply(hidden, weight, targets, self.dtype, chunks, self.softmax))
+                return cast(Tensor, _Function.apply(hidden, weight, bias, targets, self.dtype, chunks, self.softmax))
         nll = hidden.new_zeros((), dtype=torch.float32)
         narrow = _product_weight(weight, self.dtype)
+        narrow_bias = _product_bias(bias, narrow)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in chunks:
-                nll += _nll(_logits(hidden[chunk].to(self.dtype), narrow, len(weight)), targets[chunk])
+                nll += _nll(_logits(hidden[chunk].to(self.dtype), narrow, narrow_bias, len(weight)), targets[chunk])
         return nll

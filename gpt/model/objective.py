@@ -51,7 +51,7 @@ class NextTokenLoss(nn.Module):
         hidden = self.model.hidden_states(tokens, documents=documents, states=states, start=start)
         if self.observer is not None and not self.training:
             self.observer(hidden, targets)
-        return self.loss(hidden, self.model.head.weight, targets, rows)
+        return self.loss(hidden, self.model.head.weight, targets, rows, self.model.head.bias)
 
     def units(self, targets: Tensor) -> int:
         """What the sum of a batch's losses is divided by: how many of its targets (B, T) count."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gpt.model.attention import Attention, KVCache, document_places
 from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.feedforward import FeedForward
+from gpt.model.heads import init_head, make_head
 from gpt.model.lora import attach_as, init_adapters
 from gpt.model.positions import rotary_tables, sinusoidal_table
 
@@ -94,7 +95,7 @@ class GPT(nn.Module):
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = make_head(config)
         if config.positions == "rotary":
             shape = (config.context_length, config.rotary_dim)
             self.register_buffer("rotary_cos", torch.empty(shape), persistent=False)
@@ -162,7 +163,7 @@ class GPT(nn.Module):
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 nn.init.zeros_(bias)
         if not self.config.tie_embeddings:
-            nn.init.normal_(self.head.weight, std=0.02)
+            init_head(self.head)
         init_adapters(self)  # last, so that all else is as without them
 
     def hidden_states(
@@ -218,7 +219,7 @@ class GPT(nn.Module):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embeddings.tokens.weight.dtype
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
-        """tokens (B, T) int64, documents as for `hidden_states` -> logits (B, T, V)."""
+        """tokens (B, T) int64, documents as for `hidden_states` -> logits (B, T, V), or (B, T, C) of C classes."""
         return self.head(self.hidden_states(tokens, cache, documents))
 
     def num_parameters(self, embeddings: bool = True) -> int:
@@ -247,7 +248,7 @@ class GPT(nn.Module):
             else:
                 total += 4 * size + 2 * sum(p.numel() for p in matrices if p.requires_grad) + 3 * attention
         below_learns = depth < config.n_layer or any(p.requires_grad for p in self.final_norm.parameters())
-        return round(total) + config.vocab_size * config.d_model * (2 + 2 * below_learns + 2 * self.head.weight.requires_grad)
+        return round(total) + config.outputs * config.d_model * (2 + 2 * below_learns + 2 * self.head.weight.requires_grad)
 
     @classmethod
     def from_pretrained(

@@ -59,7 +59,9 @@ def parameters(c: GPTConfig) -> list[Parameter]:
     """All parameters of a model."""
     d, f, a, kv, L = c.d_model, c.d_ff, c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_layer
     biased_norm = c.norm == "layernorm" and c.bias
-    found = [Parameter((c.vocab_size, d), 1 if c.tie_embeddings else 2, None, False)]
+    found = [Parameter((c.vocab_size, d), 1, None, False)]
+    found += [] if c.tie_embeddings else [Parameter((c.outputs, d), 1, None, False)]
+    found += [Parameter((c.outputs,), 1, None, False)] if c.head == "tokens" else []
     found += [Parameter((c.context_length, d), 1, None, False)] if c.positions == "learned" else []
     found += [Parameter((d,), 1 + biased_norm, None, False), Parameter((d,), 2 * L * (1 + biased_norm), is_norm=True)]
     found += [Parameter((c.head_dim,), 2 * L, is_norm=True)] if c.qk_norm else []
@@ -274,7 +276,7 @@ def activations(case: Case) -> int:
 
 def loss_bytes(case: Case) -> int:
     """What `LinearCrossEntropy` keeps for backward: both gradients, made in forward."""
-    return case.width * case.tokens * case.model.d_model + FLOAT * case.model.vocab_size * case.model.d_model
+    return case.width * case.tokens * case.model.d_model + FLOAT * case.model.outputs * case.model.d_model
 
 
 # What lasts, and the moments of a step
@@ -302,7 +304,7 @@ def cast_weights(case: Case) -> float:
 def passes(case: Case) -> dict[str, float]:
     """Bytes on rank 0 besides the states at the fullest moment of the passes, by what they are for."""
     c, M = case.model, case.tokens
-    head = c.vocab_size * c.d_model
+    head = c.outputs * c.d_model
     again = block_activations(case) if case.computed_again else 0
     root = FLOAT * case.gathered(blocks=False) if case.is_divided else 0
     block = case.gathered(blocks=True) / c.n_layer if case.is_divided else 0
@@ -310,7 +312,7 @@ def passes(case: Case) -> dict[str, float]:
     casts_after = casts / c.n_layer * (c.n_layer - case.computed_again + (1 if again else 0))
     # The loss: dW, the head in bf16, a chunk's part of dW, and 23 bytes a logit, counted from the source; compiled, it and its gradient.
     a_logit = 2 * case.width if case.compiled else 23
-    loss = loss_bytes(case) + 2 * case.width * head + a_logit * min(case.chunk, M) * c.vocab_size
+    loss = loss_bytes(case) + 2 * case.width * head + a_logit * min(case.chunk, M) * c.outputs
     forward = {"activations": activations(case) - again, "loss": loss, "casts": casts_after if case.compiled else casts}
     forward["gathered"] = root + case.width * block  # FSDP2 keeps what the last block was gathered in until it gathers again
     # Backward begins: dW and dW scaled; of FSDP this block, the next one and the gradient.
@@ -422,7 +424,7 @@ def case_of(config: RunConfig, ranks: int, micro_batch: int, device: Device, com
         model, data // p.replicate if is_sharded else 0, p.replicate if is_sharded else data, p.tensor if ranks > 1 else 1,
         config.sequence_length, size, -(-mine // size), device.dtype.itemsize, train.activation_checkpointing,
         train.activation_checkpointing_n, config.optimizer.name, bool(train.ema), compiled, config.on_examples or config.data.document_mask,
-        device.is_host, device.fused_adamw, chunk_size(device.type, model.vocab_size, size * config.sequence_length),
+        device.is_host, device.fused_adamw, chunk_size(device.type, model.outputs, size * config.sequence_length),
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ Point = tuple[float, float]
 
 POINTS_PER_CURVE = 2000  # more cannot be told apart on a screen, and the page would grow with the length of the run
 STRETCHES = 300  # of areas, which are averaged rather than thinned
+NUMBERED_CLASSES = 14  # of a confusion matrix: in more there is no room for numbers
+CLASS_NAME = 14  # characters of a class's name there
 SMOOTH_FROM = 20  # fewer points are not noise but the curve itself
 
 # matplotlib wants colours, the page wants CSS variables (light, dark, print): each stand-in is drawn, then replaced in the SVG.
@@ -153,26 +155,52 @@ def draw_bars(axes: Axes, sizes: dict[str, float], x: str) -> None:
     axes.set(xlim=(0, 1.15 * max(sizes.values())), ylim=(len(sizes) - 0.5, -0.5), xticks=[], xlabel=x)
 
 
-def svg(name: str, draw: Callable[[Axes], None], left: float = 0.125, top: float = 0.96) -> str:
+def draw_confusion(axes: Axes, names: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
+    """Draw a confusion matrix: a row for each true class, darker where more of it went.
+
+    Args:
+        axes: where; an empty one, with room on the left and below for names.
+        names: of the classes.
+        counts: (C, C), rows true, columns predicted.
+    """
+    size = len(names)
+    places = [(row, column, count) for row, line in enumerate(counts) for column, count in enumerate(line) if count]
+    for row, column, count in places:
+        share = count / sum(counts[row])
+        colour = ACCENT if row == column else SECOND
+        axes.fill_between([column, column + 1], row, row + 1, color=colour, alpha=0.08 + 0.72 * share, linewidth=0)
+        if size <= NUMBERED_CLASSES:
+            axes.text(column + 0.5, row + 0.5, short(count), ha="center", va="center", color=TEXT, fontsize=8 if size > 8 else 9)
+    middle = [number + 0.5 for number in range(size)]
+    cut = [name if len(name) <= CLASS_NAME else f"{name[: CLASS_NAME - 1]}…" for name in names]
+    axes.set_xticks(middle, cut, rotation=90 if size > 5 else 0, parse_math=False)
+    axes.set_yticks(middle, cut, parse_math=False)
+    axes.tick_params(labelsize=8 if size <= NUMBERED_CLASSES else 5)
+    axes.spines["bottom"].set_visible(False)
+    axes.set(xlim=(0, size), ylim=(size, 0), xlabel="predicted", ylabel="true")
+
+
+def svg(name: str, draw: Callable[[Axes], None], left: float = 0.125, top: float = 0.96, bottom: float = 0.15, height: float = 3.2) -> str:
     """What `draw` draws, as an element for an HTML page: no metadata, no global style, the colours of the page.
 
     Args:
         name: of the chart, another for each on a page: it keeps their ids apart.
         draw: draws into empty axes.
-        left, top: where these begin and end, as shares of the chart. To have matplotlib measure them takes as long as all the rest.
+        left, top, bottom: where these begin and end, as shares of the chart. To have matplotlib measure them takes as long as all the rest.
+        height: of the chart, which is 5.6 wide.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(5.6, 3.2), facecolor="none")
-        figure.subplots_adjust(left=left, right=0.98, bottom=0.15, top=top)
+        figure = Figure(figsize=(5.6, height), facecolor="none")
+        figure.subplots_adjust(left=left, right=0.98, bottom=bottom, top=top)
         axes = figure.add_subplot(facecolor="none")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GRID)
         axes.set_axisbelow(True)
         draw(axes)
-        axes.yaxis.set_label_coords(0.028, (0.15 + top) / 2, transform=figure.transFigure)
+        axes.yaxis.set_label_coords(0.028, (bottom + top) / 2, transform=figure.transFigure)
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = target.getvalue()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -22,11 +22,15 @@ from gpt.data.sources import ReadReport, open_source
 from gpt.data.streamed import prepare_streams
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from gpt.inference.loading import read_shape
 from gpt.model.config import GPTConfig
+from gpt.model.heads import describe
 from gpt.model.loss import IGNORE
+from gpt.typed import nearest, shown
 
 _FORMAT_ROWS = 100  # that show whether examples are conversations
 _PROMPT_TOKENS, _SHOWN_TOKENS = 32, 160  # of a held-out text: given, and with what follows
+_HEADS: dict[str, Literal["sequence", "tokens"]] = {"text_label": "sequence", "tokens_tags": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,14 @@ class Prompt:
 
     ids: list[int]
     expected: str
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A held-out example of a classifier: its ids, and the number of the class at each of some places."""
+
+    ids: list[int]
+    classes: dict[int, int]
 
 
 @dataclass
@@ -50,6 +62,9 @@ class TrainingData:
         held_out: (sequences of a batch, most tokens) -> batches to measure on.
         rows: how many rows there are to train on ("train") and held out ("held_out"); 0 where they are cut anew in each epoch.
         prompts: (how many) -> beginnings of held-out texts.
+        head: what its targets are: the tokens that follow, or classes of texts or of words.
+        classes: these, in order.
+        labelled: (how many) -> held-out examples with classes.
     """
 
     tokenizer: Tokenizer
@@ -60,6 +75,13 @@ class TrainingData:
     held_out: Callable[[int, int], Iterator[Batch]]
     rows: dict[str, int]
     prompts: Callable[[int], list[Prompt]]
+    head: Literal["language_model", "sequence", "tokens"] = "language_model"
+    classes: list[str] = field(default_factory=list)
+    labelled: Callable[[int], list[Labelled]] = lambda count: []
+
+    def target_bytes(self) -> np.ndarray:
+        """How many bytes of text each target stands for: those of its token; a class is no text."""
+        return self.tokenizer.byte_lengths() if self.head == "language_model" else np.zeros(len(self.classes), dtype=np.int64)
 
     def held_out_text(self, limit: int, most_bytes: int) -> str:
         """The text of the held-out targets, for other compressors to be tried on; at most about so many bytes."""
@@ -111,13 +133,8 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
     else:
         examples = None
         if config.on_examples:
-            examples = ExampleSettings(data.format, config.loss_on, data.too_long, length, data.labels)
+            examples = ExampleSettings(data.format, config.loss_on, data.too_long, length, _classes_in_order(config))
         corpus = prepare_corpus(data, config.tokenizer, length, say, examples)
-        if corpus.kind in ("text_label", "tokens_tags"):
-            raise UserError(
-                f"data: its rows are of the format {corpus.kind}, which needs a classification head, and this model continues text; "
-                "look at them with gpt inspect, or choose rows of prompt and completion, messages or text"
-            )
         batches = build_batches(corpus, data, length, sequences, config.seed)
         fingerprint = corpus.fingerprint
     template, is_ours = chat_template_for(corpus.tokenizer)
@@ -133,15 +150,70 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
         lambda batch, limit: held_out_batches(corpus, data, length, batch, limit),
         {"train": batches.windows, "held_out": count_held_out(corpus, data, length)} if config.on_examples else {"train": 0, "held_out": 0},
         lambda count: _held_out_prompts(corpus, count),
+        _HEADS.get(corpus.kind, "language_model"),
+        corpus.classes,
+        lambda count: _held_out_labelled(corpus, count),
     )
 
 
-def set_vocab_size(model: GPTConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
-    """Give a model as many ids as its tokenizer has, unless its config says how many.
+def _classes_in_order(config: RunConfig) -> list[str]:
+    """The classes that rows may name, in order: those that the config lists, or those of the head that `init` has; [] for any.
 
     Raises:
-        UserError: it says too few.
+        UserError: they are not the same.
     """
+    given, model = config.data.labels, config.model
+    if model.head == "language_model" or given == model.classes:
+        return given
+    if given:
+        other = next((name for name in given if name not in model.classes), None)
+        what = "are in another order than the classes" if other is None else f"has {shown(other)}, which is none of the classes"
+        raise UserError(
+            f"data.labels={shown(given)} {what} of the model's head{nearest(other or '', model.classes) or '.'} There are: "
+            f"{shown(model.classes)}. Leave data.labels out, or start from a language model"
+        )
+    if config.init is None:
+        return model.classes
+    try:
+        # Classes that a run took from its data must be looked for there again, or a run that goes on would have all of it encoded anew.
+        own = read_shape(config.init, config.allow_pickle)[0]
+    except UserError:  # the weights have gone since the run began
+        return model.classes
+    return model.classes if own.head != "language_model" else []
+
+
+def complete_shape(model: GPTConfig, data: TrainingData, say: Callable[[str], None]) -> None:
+    """Give a model as many ids as the data's tokenizer has, unless its config says how many, and the head that the data teaches.
+
+    Raises:
+        UserError: it says too few, or has a head for something else.
+    """
+    _complete_vocabulary(model, data.tokenizer, say)
+    if data.head == "language_model":
+        if model.head == data.head:
+            return
+        raise UserError(
+            f"data: its rows are texts to continue, and the model's head is {describe(model)}; give rows of "
+            f"{_format_for(model)}, or start from a language model"
+        )
+    if model.head == "language_model":
+        model.head, model.classes, model.tie_embeddings = data.head, data.classes, False
+    elif (model.head, model.classes) != (data.head, data.classes):
+        raise UserError(
+            f"data: its rows are of the classes {shown(data.classes)}, one for each {_each(data.head)}, and the model's head is "
+            f"{describe(model)}; give rows of {_format_for(model)} with these classes, or start from a language model"
+        )
+
+
+def _format_for(model: GPTConfig) -> str:
+    return next(kind for kind, head in _HEADS.items() if head == model.head)
+
+
+def _each(head: str) -> str:
+    return "text" if head == "sequence" else "word"
+
+
+def _complete_vocabulary(model: GPTConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
     have = tokenizer.vocab_size
     if not model.vocab_size:
         model.vocab_size = have
@@ -179,4 +251,15 @@ def _held_out_prompts(corpus: Corpus, count: int) -> list[Prompt]:
         if border:
             expected = [index for index in ids[border:last].tolist() if index != corpus.tokenizer.end_of_text]
             found.append(Prompt(ids[:border].tolist(), corpus.tokenizer.decode(expected)))
+    return found
+
+
+def _held_out_labelled(corpus: Corpus, count: int) -> list[Labelled]:
+    """The first held-out examples with classes."""
+    split = corpus.parts[0].held_out
+    assert split.labels is not None
+    found = []
+    for start, end in pairwise(split.documents[: count + 1].tolist()):
+        ids, labels = (array.windows(np.array([start]), end - start)[0].tolist() for array in (split.tokens, split.labels))
+        found.append(Labelled(ids, {place: label for place, label in enumerate(labels) if label != IGNORE}))
     return found

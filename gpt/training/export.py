@@ -21,8 +21,11 @@ from gpt.model.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt.training.adapters import write_adapter
 from gpt.training.checkpoint import STATE, TrainingState, read_state
 from gpt.training.metrics import read_metrics
-from gpt.training.report import Summary
+from gpt.training.report import Summary, unit_of
 
+AUTO_CLASSES = {
+    "language_model": "AutoModelForCausalLM", "sequence": "AutoModelForSequenceClassification", "tokens": "AutoModelForTokenClassification",
+}  # fmt: skip
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,7 +56,9 @@ def export(config: ExportConfig) -> int:
     stored = str(dtype or loaded.model.embeddings.tokens.weight.dtype).removeprefix("torch.")
     print(f"{output}: {loaded.model.num_parameters() / 1e6:.2f}M parameters as {stored}, {size / 1e6:,.1f} MB, ", end="")
     print(json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0])
-    print(f'use: transformers.AutoModelForCausalLM.from_pretrained("{output}"), or gpt generate model={output}', file=sys.stderr)
+    head = loaded.model.config.head
+    other = "gpt generate" if head == "language_model" else "gpt evaluate"
+    print(f'use: transformers.{AUTO_CLASSES[head]}.from_pretrained("{output}"), or {other} model={output}', file=sys.stderr)
     return 0
 
 
@@ -121,6 +126,7 @@ def _card(loaded: Loaded, adapter: bool = False) -> str | None:
         model=f"{loaded.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
         steps=state.step, tokens=state.tokens, seconds=state.seconds, tokens_per_second=0.0, best_val_loss=loss, best_step=None,
         val_bpb=None, gzip_bpb=None, xz_bpb=None, skipped_steps=state.skipped_steps, finished=False,
+        unit=unit_of(config.model.head),
     )  # fmt: skip
     return model_card(config, summary, adapter=adapter)
 
@@ -151,7 +157,11 @@ def model_card(config: RunConfig, summary: Summary, corpus: str = "", adapter: b
     )
     return environment.get_template("model_card.md.jinja").render(
         config=config, summary=summary, corpus=corpus, adapter=adapter, shape=shape, gpt_version=__version__,
-        torch_version=torch.__version__, data=" and ".join(map(_named, config.data.parts or [config.data])),
+        torch_version=torch.__version__,
+        task={"sequence": "text-classification", "tokens": "token-classification"}.get(model.head, "text-generation"),
+        kind={"sequence": "classifier of texts", "tokens": "classifier of words"}.get(model.head, "decoder-only language model"),
+        auto_class=AUTO_CLASSES[model.head], names={"accuracy": "accuracy", "macro_f1": "macro-F1", "span_f1": "span F1"},
+        data=" and ".join(map(_named, config.data.parts or [config.data])),
         init=Path(config.init).name if config.init and Path(config.init).expanduser().exists() else config.init,
     )  # fmt: skip
 
@@ -177,6 +187,7 @@ def describe_corpus(manifest: dict[str, Any]) -> str:
         sizes = [source["splits"][split] for source in manifest["sources"] if "splits" in source]
         if sizes:
             documents, size = sum(each["documents"] for each in sizes), sum(each["bytes"] for each in sizes)
-            found.append(f"{documents:,} {what}, {size / 1e6:.1f} MB {purpose}")
+            amount = f", {size / 1e6:.1f} MB" if manifest["kind"] in ("text", "language_model") else ""  # classes have no text
+            found.append(f"{documents:,} {what}{amount} {purpose}")
     licences = sorted({source["licence"] for source in manifest["sources"] if source.get("licence")})
     return "; ".join(found) + (f"; licence: {', '.join(licences)}" if licences else "")

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from gpt.config import RunConfig, TrainConfig
+from gpt.errors import UserError
 from gpt.finetuning.freezing import set_trainable
 from gpt.inference.loading import load_model
-from gpt.model.lora import adapter_parameters, init_adapters
+from gpt.model.heads import adopt, describe
+from gpt.model.lora import init_adapters
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
@@ -94,6 +96,9 @@ def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None]) ->
         config: the run, with the size of the vocabulary.
         fresh: whether it begins with these weights, random ones or those of `init`; False: a checkpoint brings others.
         say: takes progress messages.
+
+    Raises:
+        UserError: the weights cannot be read, or have a head of other classes.
     """
     torch.manual_seed(config.seed)
     model = GPT.materialise(config.model, lora=config.lora)
@@ -102,12 +107,12 @@ def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None]) ->
         return model
     # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.
     loaded = load_model(config.init, dtype=torch.float32, allow_pickle=config.allow_pickle, key="init").model
-    adapters = adapter_parameters(model).keys()
-    missing = model.load_state_dict(loaded.state_dict(), strict=not adapters)
-    assert set(missing.missing_keys) <= adapters
-    assert not missing.unexpected_keys
+    try:
+        kept = adopt(model, model.config, loaded, loaded.config)
+    except ValueError as error:
+        raise UserError(f"init={config.init}: {error}") from error
     init_adapters(model)
-    say(f"weights: {config.init}")
+    say(f"weights: {config.init}{'' if kept else f', with a new head {describe(config.model)}'}")
     return model
 
 

@@ -27,7 +27,7 @@ from gpt.model.transformer import GPT
 from gpt.runtime.compiling import should_compile
 from gpt.runtime.device import Device, find_device
 from gpt.runtime.distributed import World
-from gpt.training.data import open_training_data, set_vocab_size
+from gpt.training.data import complete_shape, open_training_data
 from gpt.training.layout import first_weights, lay_out
 from gpt.training.micro_batch import divisors
 from gpt.training.progress import say
@@ -163,7 +163,7 @@ def _one_batch(config: RunConfig) -> Batch:
     length = config.sequence_length
     sequences = config.train.batch_tokens // length
     data = open_training_data(config, sequences, say)
-    set_vocab_size(config.model, data.tokenizer, say)
+    complete_shape(config.model, data, say)
     micro = config.train.micro_batch
     rows = divisors(sequences, _MOST_TOKENS // length)[0] if micro == "auto" else micro
     batch = data.batches.batch(0)
@@ -190,11 +190,11 @@ class _Watched(nn.Module):
 class _ExactLoss(LinearCrossEntropy):
     """`LinearCrossEntropy` as it is written in books, in the dtype of the model."""
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
-        """hidden (B, T, E), weight (V, E), targets (B, T) -> the sum over the valid targets."""
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """hidden (B, T, E), weight (V, E), targets (B, T), bias (V,) -> the sum over the valid targets."""
 
         def nll(hidden: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum")
+            return F.cross_entropy(F.linear(hidden, weight, bias), targets, ignore_index=IGNORE, reduction="sum")
 
         chunks = zip(hidden.flatten(0, 1).split(_LOSS_CHUNK), targets.flatten().split(_LOSS_CHUNK), strict=True)
         return torch.stack([checkpoint(nll, *chunk, use_reentrant=False) for chunk in chunks]).sum()
@@ -230,12 +230,12 @@ def _observe(config: RunConfig, batch: Batch, targets: int, device: Device, comp
     model.embeddings.register_forward_hook(lambda module, inputs, x: see("embeddings", x))
     model.blocks = nn.ModuleList(_Watched(block, partial(see, f"blocks.{i}")) for i, block in enumerate(model.blocks))
     model.final_norm.register_forward_hook(lambda module, inputs, x: see("final_norm", x))
-    part, learned = rows_on_device(batch, slice(None), device, config.model.vocab_size)
+    part, learned = rows_on_device(batch, slice(None), device, config.model.outputs)
     with device.autocast():
         loss = objective(part.tokens, part.targets, part.documents, learned)
     loss.backward()
     with torch.no_grad(), device.autocast():
-        logits = model.head(seen["final_norm"].flatten(0, 1)[: max(1, _MOST_LOGITS // config.model.vocab_size)])
+        logits = model.head(seen["final_norm"].flatten(0, 1)[: max(1, _MOST_LOGITS // config.model.outputs)])
     values = {Place(False, layer, "output"): x.detach() for layer, x in seen.items()}
     values |= {LOGITS: logits, LOSS: loss.detach() / targets}
     layers = [*reversed(seen), ""]

@@ -19,15 +19,16 @@ class Progress:
         total: steps of the run, or seconds if `timed`.
         timed: whether the run's length is a time.
         quiet: show nothing: another process does.
+        batch_tokens: of a step; None: as many as are learned.
     """
 
-    def __init__(self, total: float, timed: bool, quiet: bool = False) -> None:
+    def __init__(self, total: float, timed: bool, quiet: bool = False, batch_tokens: int | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
         from rich.table import Column
 
-        self.total, self.timed = total, timed
+        self.total, self.timed, self.batch_tokens = total, timed, batch_tokens
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._last_line = 0.0
         self._val: tuple[str, str] | None = None
@@ -51,14 +52,16 @@ class Progress:
         with contextlib.suppress(OSError):  # a log file on a full disk: training goes on
             self.console.print(text, markup=False)
 
-    def validated(self, val_loss: float, val_bpb: float) -> None:
+    def validated(self, line: dict[str, Any]) -> None:
         """The latest validation, shown from here on."""
-        self._val = f"val {val_loss:.3f}", f"{val_bpb:.3f} bits/byte"
+        second = f"accuracy {line['val_accuracy']:.3f}" if "val_accuracy" in line else f"{line['val_bpb']:.3f} bits/byte"
+        self._val = f"val {line['val_loss']:.3f}", second
 
     def update(self, line: dict[str, Any]) -> None:
         """Show one line of training metrics."""
         done = line["seconds"] if self.timed else line["step"]
-        left = _clock(self.total - done if self.timed else (self.total - done) * line["tokens"] / line["step"] / line["tokens_per_second"])
+        each = self.batch_tokens or line["tokens"] / line["step"]
+        left = _clock(self.total - done if self.timed else (self.total - done) * each / line["tokens_per_second"])
         parts = [f"step {line['step']}", f"loss {line['loss']:.3f}", *(self._val or ())]
         parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
         if line.get("mfu") is not None:
@@ -73,7 +76,7 @@ class Progress:
 
 def fitting(parts: list[str], width: int) -> str:
     """As many of the parts as fit into a width, two blanks between; what the line can best do without goes first."""
-    for dispensable in ("bits/byte", "mfu", "tokens/s", "val", "left"):
+    for dispensable in ("bits/byte", "accuracy", "mfu", "tokens/s", "val", "left"):
         if len("  ".join(parts)) <= width:
             break
         parts = [part for part in parts if dispensable not in part.split()]

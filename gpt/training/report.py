@@ -15,14 +15,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gpt.training.charts import (
     ACCENT,
     SECOND,
+    SERIES,
     Curve,
     Point,
     count,
@@ -39,10 +40,11 @@ from gpt.training.charts import (
 from gpt.training.metrics import read_metrics
 from gpt.training.page import write_page
 from gpt.training.progress import say as say_aloud
-from gpt.training.run_record import RunRow, count_parameters, describe_run
+from gpt.training.run_record import RunRow, count_parameters, describe_run, flat
 
 NAME = "report.html"
 RELOAD_SECONDS = 30
+SCORES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "span_f1": "Span F1"}  # of a classifier
 PARTS = ("data", "forward", "backward", "optimizer", "other")  # of a step
 FIRST_SECONDS = 20.0  # until the first live page: a run that is over by then needs none
 _MOST_SHARE = 50  # a live page is drawn again after so many times what drawing it took: 2% of one core at most
@@ -76,6 +78,8 @@ class Summary:
     skipped_steps: int  # without an update
     finished: bool  # False: interrupted
     held_out: str = "held-out text"  # what the bits per byte are of
+    unit: Literal["token", "example", "word"] = "token"  # what has one target
+    scores: dict[str, float] = field(default_factory=dict)  # of a classifier on what was held out: accuracy, macro_f1, span_f1
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,22 @@ class Chart:
     note: str = ""
 
 
-def write_report(run_directory: Path, samples: list[Sample], summary: Summary) -> Path:
+def write_report(run_directory: Path, samples: list[Sample], summary: Summary, charts: Sequence[Chart] = ()) -> Path:
     """Write the page of a run that has ended, from its files: `metrics.jsonl`, `config.yaml` and `environment.json`, each of which may
     be missing.
 
     An earlier page is replaced in one move, so a reader never sees half of one.
 
+    Args:
+        run_directory: of the run.
+        samples, summary: what no file of it holds.
+        charts: as well, which come first.
+
     Returns:
         The path of the page.
     """
     status = f"{'Finished' if summary.finished else 'Interrupted'} after {count(summary.steps, 'step')}"
-    return _write(run_directory, samples, summary, _by_step(read_metrics(run_directory / "metrics.jsonl")), status)
+    return _write(run_directory, samples, summary, _by_step(read_metrics(run_directory / "metrics.jsonl")), status, charts=charts)
 
 
 def write_live_report(run_directory: Path, stopped: bool = False) -> Path:
@@ -119,7 +128,7 @@ def write_live_report(run_directory: Path, stopped: bool = False) -> Path:
         title=run.id, model=_model(run), steps=run.step, tokens=run.tokens, seconds=run.seconds,
         tokens_per_second=statistics.median(rates) if rates else 0.0, best_val_loss=run.best_val_loss, best_step=run.best_step,
         val_bpb=run.val_bpb, gzip_bpb=None, xz_bpb=None, skipped_steps=int(skipped[-1]) if skipped else 0, finished=run.state == "finished",
-        held_out="the validation text",
+        held_out="the validation text", unit=unit_of(flat(run.config).get("model.head")), scores=_latest_scores(lines),
     )  # fmt: skip
     if run.state == "running" and not stopped:
         return _write(run_directory, [], summary, lines, _progress(run, lines), live=True)
@@ -213,7 +222,26 @@ def main(arguments: list[str]) -> None:
     print(f"{time.process_time():.2f}")
 
 
-def _write(directory: Path, samples: list[Sample], summary: Summary, lines: list[dict[str, Any]], status: str, live: bool = False) -> Path:
+def unit_of(head: str | None) -> Literal["token", "example", "word"]:
+    """What has one target, for a model with this head."""
+    return "example" if head == "sequence" else "word" if head == "tokens" else "token"
+
+
+def _latest_scores(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Those of the last validation."""
+    found = [{name: line[f"val_{name}"] for name in SCORES if is_finite(line.get(f"val_{name}"))} for line in lines if "val_loss" in line]
+    return found[-1] if found else {}
+
+
+def _write(
+    directory: Path,
+    samples: list[Sample],
+    summary: Summary,
+    lines: list[dict[str, Any]],
+    status: str,
+    live: bool = False,
+    charts: Sequence[Chart] = (),
+) -> Path:
     write_page(
         directory / NAME,
         Path(__file__).with_name("report.html.jinja"),
@@ -224,7 +252,7 @@ def _write(directory: Path, samples: list[Sample], summary: Summary, lines: list
         drawn=f"{datetime.datetime.now():%H:%M:%S, %d %B %Y}" if live else "",
         skipped=f"{count(summary.skipped_steps, 'step')} skipped" if summary.skipped_steps else "",
         cards=_cards(summary),
-        charts=_charts(lines, summary),
+        charts=[*charts, *_charts(lines, summary)],
         samples=samples,
         config=_read_text(directory / "config.yaml").rstrip(),
         environment=_read_environment(directory / "environment.json"),
@@ -304,16 +332,21 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     if summary.best_step is not None:
         best_note = f"at step {summary.best_step:,}"
     milliseconds = 1000 * summary.seconds / max(1, summary.steps)
+    first = [("Bits per byte", figure(summary.val_bpb, ".3f"), bits_note)]
+    if summary.unit != "token":
+        first = [(SCORES[name], figure(value, ".3f"), f"of held-out {summary.unit}s") for name, value in summary.scores.items()]
     result = [
-        ("Bits per byte", figure(summary.val_bpb, ".3f"), bits_note),
+        *first,
         ("Best validation loss", figure(summary.best_val_loss, ".3f"), best_note),
-        ("Tokens", short(summary.tokens), count(summary.steps, "step")),
+        (f"{summary.unit.capitalize()}s", short(summary.tokens), count(summary.steps, "step")),
         ("Training time", duration(summary.seconds), f"{milliseconds:,.{0 if milliseconds >= 10 else 2}f} ms a step"),
         ("Tokens per second", figure(summary.tokens_per_second, ",.0f"), "over the run"),
     ]
     if found := re.search(r"(\d[\d,]*\.?\d*) ?([KMBT]?) parameters", summary.model, re.IGNORECASE):
         size = float(found[1].replace(",", "")) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2].upper()]
-        result.append(("Parameters", found[1] + found[2], f"{summary.tokens / size:,.1f} tokens each" if size else ""))
+        result.append(
+            ("Parameters", found[1] + found[2], f"{summary.tokens / size:,.1f} tokens each" if size and summary.unit == "token" else "")
+        )
     return result
 
 
@@ -335,8 +368,11 @@ def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
     def add_loss(title: str, key: str, x: str) -> None:
         training, checks = points(key, "loss"), points(key, "val_loss")
         validation = [Curve(checks, "validation", SECOND, width=1.4, dots=40)] if checks else []
-        add(title, noisy(training, "training") + validation, x, "loss, nats per token", log=True, legend=bool(checks))
+        add(title, noisy(training, "training") + validation, x, f"loss, nats per {summary.unit}", log=True, legend=bool(checks))
 
+    scores = [(title, points("step", f"val_{name}")) for name, title in SCORES.items()]
+    curves = [Curve(found, title, colour, dots=40) for (title, found), colour in zip(scores, SERIES, strict=False) if found]
+    add("Held-out accuracy and F1", curves, "step", "share", legend=True)
     add_loss("Loss by step", "step", "step")
     named = {"this model": summary.val_bpb, "xz -9e": summary.xz_bpb, "gzip -9": summary.gzip_bpb}
     known = {name: size for name, size in named.items() if is_finite(size)}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gpt.config import RunConfig
+from gpt.evaluation.classification import in_words
 from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte
 from gpt.evaluation.text import COMPRESSED_BYTES
 from gpt.inference.generate import generate_text, whole_texts
@@ -20,10 +21,11 @@ from gpt.model.transformer import GPT
 from gpt.runtime.memory import binary_size
 from gpt.training.adapters import write_adapter
 from gpt.training.checkpoint import MANIFEST, TrainingState
+from gpt.training.classes import class_lines, class_samples, confusion_chart, say_samples
 from gpt.training.data import TrainingData
 from gpt.training.export import describe_corpus, model_card
 from gpt.training.metrics import read_metrics
-from gpt.training.report import Sample, Summary, write_report
+from gpt.training.report import Sample, Summary, unit_of, write_report
 from gpt.training.run_directory import RunDirectory
 
 _SAMPLES = 3  # held-out prompts to continue where the config names none
@@ -52,6 +54,7 @@ def write_results(
     """
     trained, model = model, merged(model)
     metrics = read_metrics(directory.metrics)
+    scores, unit = held_out.scores, unit_of(data.head)
     compressed = {} if data.on_examples else _compressed(config, data)
     rates = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
     last = next((line["val_loss"] for line in reversed(metrics) if "val_loss" in line), None)
@@ -61,31 +64,48 @@ def write_results(
         model=f"{model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
         steps=state.step, tokens=state.tokens, seconds=state.seconds,
         tokens_per_second=statistics.median(rates) if rates else 0.0,
-        best_val_loss=state.best_val_loss, best_step=state.best_step, val_bpb=held_out.bits_per_byte,
+        best_val_loss=state.best_val_loss, best_step=state.best_step,
+        val_bpb=None if scores else held_out.bits_per_byte,
         gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
-        skipped_steps=state.skipped_steps, finished=True, held_out=what,
+        skipped_steps=state.skipped_steps, finished=True, held_out=what, unit=unit,
+        scores=scores.figures() if scores else {},
     )  # fmt: skip
     corpus = describe_corpus(data.manifest)
     _export(config, directory, model, data, model_card(config, summary, corpus))
     adapter = _export_adapter(config, directory, trained, data, model_card(config, summary, corpus, adapter=True), say)
-    samples = _samples(config, model, data)
-    report = write_report(directory.path, samples, summary)
-    for sample in samples:
+    samples = _samples(config, model, data) if scores is None else class_samples(model.eval(), data)
+    report = write_report(directory.path, samples, summary, [confusion_chart(scores)] if scores else [])
+    if scores is not None:
+        say_samples(samples, say)
+    for sample in samples if scores is None else ():
         say(f"\n--- {sample.prompt[-500:]!r} continues:\n{sample.prompt[-500:]}{sample.text}")
         if sample.expected:
             say(f"--- expected: {sample.expected}")
+    measured = f" ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte"
+    if scores is not None:
+        measured = f" ({scores.count:,} {unit}s): {in_words(scores)}"
     beside = "".join(f"{name}: {figure:.2f}, " for name, figure in compressed.items())
     say(
-        f"\n{state.step} steps, {state.tokens / 1e6:.2f}M tokens in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
+        f"\n{state.step} steps, {_amount(state.tokens, unit)} in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
         f"\ntime: {_shares(spent)}"
         f"{_memory(metrics, capacity)}"
         f"\nvalidation: best {_figure(state.best_val_loss)} at step {state.best_step}, last {_figure(last)}"
         f"{f'; {state.skipped_steps} steps left out' if state.skipped_steps else ''}"
-        f"\n{what} ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte "
-        f"({beside}loss {held_out.loss:.3f} per token)"
+        f"\n{what}{measured} ({beside}loss {held_out.loss:.3f} per {unit})"
+        f"{class_lines(scores) if scores else ''}"
         f"\nmodel:  {directory.model}{adapter}\nreport: {report}"
-        f"\nwrite:  gpt generate model={directory.path} {_use(data)}"
+        f"\n{f'write:  gpt generate model={directory.path} {_use(data)}' if scores is None else _try_classifier(directory, data)}"
     )
+
+
+def _amount(targets: int, unit: str) -> str:
+    return f"{targets / 1e6:.2f}M tokens" if unit == "token" else f"{targets:,} {unit}s"
+
+
+def _try_classifier(directory: RunDirectory, data: TrainingData) -> str:
+    """How to measure a classifier on other rows."""
+    rows = '{"text": ..., "label": ...}' if data.head == "sequence" else '{"tokens": [...], "tags": [...]}'
+    return f"measure: gpt evaluate model={directory.path} data=jsonl data.paths=[<rows of {rows}>]"
 
 
 def _figure(loss: float | None) -> str:

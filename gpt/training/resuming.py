@@ -50,11 +50,19 @@ def run_to_continue(config: RunConfig, directory: Path) -> RunConfig | None:
     keys += [key for section in _SECTIONS for key in _leaves(section, getattr(config, section)) if key not in _OF_THE_MACHINE]
     for key in keys:
         now, then = _value(config, key), _value(before, key)
-        if now != then and not (key == "model.vocab_size" and not now):  # 0: to be the tokenizer's
+        if now != then and not _follows_from_the_data(key, config, before):
             key = key_of(key)
             started = f"the run in {directory} was started with {key}={shown(plain(then))}; set it so, or choose another run.id"
             raise UserError(f"{key}={shown(plain(now))}: {started}")
     return before
+
+
+def _follows_from_the_data(key: str, config: RunConfig, before: RunConfig) -> bool:
+    """Whether a key of a run that is composed anew says nothing yet, and the run's own has been completed by the data."""
+    if key == "model.vocab_size":
+        return not config.model.vocab_size
+    given = config.model.head != "language_model" or before.model.head == "language_model"
+    return key in ("model.head", "model.classes", "model.tie_embeddings") and not given
 
 
 def checkpoint_to_continue(directory: Path, say: Callable[[str], None]) -> Path | None:

@@ -86,14 +86,14 @@ class Counts:
         return (c["losses"] >= SPIKE_AFTER) & (loss > c["loss_mean"] + margin)
 
 
-def rows_on_device(batch: Batch, those: slice, device: Device, vocab_size: int) -> tuple[Batch, Tensor | None]:
-    """Some rows of a batch, and which of their targets count if they are few (`valid_rows`), on the device."""
+def rows_on_device(batch: Batch, those: slice, device: Device, outputs: int) -> tuple[Batch, Tensor | None]:
+    """Some rows of a batch, and which of their targets count if they are few (`valid_rows`), on the device; `outputs`: of the head."""
 
     def moved(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device.type, non_blocking=True)
 
     targets = batch.targets[those]
-    learned = valid_rows(targets, chunk_size(device.type, vocab_size, targets.numel()))
+    learned = valid_rows(targets, chunk_size(device.type, outputs, targets.numel()))
     documents = None if batch.documents is None else batch.documents[those]
     numbers = None if batch.numbers is None else batch.numbers[those]
     return Batch(cast(Tensor, moved(batch.tokens[those])), cast(Tensor, moved(targets)), moved(documents), numbers), moved(learned)
@@ -206,7 +206,7 @@ class Step:
         self._zero_grad()
 
     def _part(self, batch: Batch, first: int) -> tuple[Batch, Tensor | None]:
-        return rows_on_device(batch, slice(first, first + self.micro_batch), self.device, self.model.config.vocab_size)
+        return rows_on_device(batch, slice(first, first + self.micro_batch), self.device, self.model.config.outputs)
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:

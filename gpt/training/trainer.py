@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,8 +28,10 @@ from gpt.data.batches import Batch, Batches
 from gpt.data.prefetch import Prefetch
 from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
+from gpt.evaluation.classification import observing
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
 from gpt.finetuning.freezing import plan_freezing, write_table
+from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.allocator import no_garbage_collection
 from gpt.runtime.compiling import CompileAhead, FixedGraphs, kinds_of_graphs, should_compile
@@ -41,7 +44,7 @@ from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkp
 from gpt.training.checkpoint_retention import Retention
 from gpt.training.checkpoint_writer import CheckpointWriter
 from gpt.training.clock import StepClock
-from gpt.training.data import OneBatch, open_training_data, set_vocab_size
+from gpt.training.data import OneBatch, complete_shape, open_training_data
 from gpt.training.failures import explained
 from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
@@ -56,7 +59,7 @@ from gpt.training.resuming import checkpoint_to_continue, run_to_continue, with_
 from gpt.training.run_directory import RunDirectory, new_run_id
 from gpt.training.schedule import learning_rate_factor, warm_up
 from gpt.training.step import Counts, Step
-from gpt.training.unfreezing import Unfreezing
+from gpt.training.unfreezing import Unfreezing, check_plan
 from gpt.training.watching import Watching
 
 _MOST_REWINDS = 5  # in a run
@@ -88,8 +91,7 @@ class Trainer:
         config.validate()
         if config.freeze.untie and config.model.tie_embeddings:
             config.model = replace(config.model, tie_embeddings=False)
-        with torch.device("meta"):
-            plan_freezing(config.freeze, config.unfreeze, GPT(expected_model(config), config.lora))  # before anything is written or read
+        check_plan(config)  # before anything is written or read
         self.config = config
         self.givers = Givers()
         self.doing, self.micro_batch, self.compiled = "setting up", 1, False  # for errors that say where a process waited or ran full
@@ -149,8 +151,8 @@ class Trainer:
     def _set_up(self) -> None:
         config, world = self.config, self.world
         before = world.share(lambda: run_to_continue(config, self.directory.path))
-        if before is not None and not config.model.vocab_size:
-            config.model.vocab_size = before.model.vocab_size
+        if before is not None:
+            config.model = before.model  # the same, with what the data has added: the size of the vocabulary, a head of classes
         self.sequences = config.train.batch_tokens // config.sequence_length
         if self.sequences % world.data_size:
             raise UserError(
@@ -176,12 +178,13 @@ class Trainer:
             self.say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
             self.compiled, reason = False, f"not compiled, so the run is slower: {problem}"
-        set_vocab_size(config.model, self.data.tokenizer, self.say)
-        self.byte_lengths = self.data.tokenizer.byte_lengths()
+        complete_shape(config.model, self.data, self.say)
+        self.byte_lengths = self.data.target_bytes()
         self.doing = "laying out the model"
         start = partial(first_weights, config, checkpoint is None, self.say)
         with torch.device("meta"):
-            plan = plan_freezing(config.freeze, config.unfreeze, GPT(config.model, config.lora))
+            shape = GPT(config.model, config.lora)
+            plan = plan_freezing(config.freeze, config.unfreeze, shape, config.model.head != "language_model")
         layout = lay_out(config, start, self.compiled, world, self.device, plan.stages[0].names)
         self.model, self.objective = layout.model, layout.objective
         self.graphs = FixedGraphs(self.device, kinds_of_graphs(self.model, config.train) if self.compiled else ())
@@ -400,12 +403,12 @@ class Trainer:
         self.doing = f"validating at step {state.step}"
         with self.clock.spend("evaluation"):
             result = self._held_out(self.config.train.eval_tokens, lambda: bool(self._agree()))
+            figures = result.figures() if result is not None else {}
         if result is None:
             return None
         gc.collect()
         self.counts.store(state)
         state.validated_step, state.val_loss = state.step, result.loss
-        figures = {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
         self.watching.log({"step": state.step, "tokens": state.tokens, "seconds": state.seconds, **figures})
         if state.best_val_loss is not None and not result.loss < state.best_val_loss:
             return False
@@ -420,10 +423,11 @@ class Trainer:
 
         batches = self.data.held_out(self.micro_batch, limit)
         swapped = self.average.swapped() if self.average is not None else contextlib.nullcontext()
-        with swapped, self.graphs.running("evaluation"):
-            result = score_batches(self.objective, nll, batches, self.byte_lengths, self.device, stopped, world=self.world)
+        with swapped, self.graphs.running("evaluation"), observing(cast(NextTokenLoss, unwrapped(self.objective))) as counts:
+            score = nll if counts is None else counts.beside(nll)
+            result = score_batches(self.objective, score, batches, self.byte_lengths, self.device, stopped, world=self.world)
             reshard(self.objective)
-        return result
+        return result if result is None or counts is None else replace(result, scores=counts.scores(self.world))
 
     def _save(self, required: bool) -> None:
         """Save a checkpoint in the background. One that fails within the run is only said: the run goes on, and earlier ones stay."""

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import nn
 
 from gpt.config import RunConfig
-from gpt.finetuning.freezing import Plan, TableRow, set_trainable, table
+from gpt.errors import UserError
+from gpt.finetuning.freezing import Plan, TableRow, plan_freezing, set_trainable, table
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import FixedGraphs, kinds_of_graphs
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
 from gpt.runtime.parallel import spread_anew
 from gpt.training.checkpoint import TrainingState
+from gpt.training.length import expected_model
 from gpt.training.optimizer import AdamW, Muon, build_optimizers, extend_optimizers, peak_learning_rate
 from gpt.training.weight_average import WeightAverage
+
+
+def check_plan(config: RunConfig) -> None:
+    """Check the plan of a run before anything is read, on the model that the config describes.
+
+    Rows with classes give the model another head, and what rows are may show only as they are read: then it is enough that one of the
+    models that it may be can have the plan.
+
+    Raises:
+        UserError: none can.
+    """
+    model, problem = expected_model(config), None
+    kinds = {"text_label": ("sequence",), "tokens_tags": ("tokens",), "auto": ("sequence", "tokens")}.get(config.data.format, ())
+    teaches = kinds if config.command == "finetune" and config.on_examples and model.head == "language_model" else ()
+    for shape in (model, *(replace(model, head=head, classes=["0", "1"]) for head in teaches)):
+        try:
+            with torch.device("meta"):
+                plan_freezing(config.freeze, config.unfreeze, GPT(shape, config.lora), shape.head != "language_model")
+        except UserError as error:
+            problem = problem or error
+        else:
+            return
+    assert problem is not None
+    raise problem
 
 
 class Unfreezing:

@@ -34,7 +34,7 @@ class Watching:
 
     def __init__(self, config: RunConfig, directory: RunDirectory, step: int, total: float, timed: bool, is_main: bool) -> None:
         self._config, self._directory, self._step, self._is_main = config, directory, step, is_main
-        self._progress = Progress(total, timed, quiet=not is_main)
+        self._progress = Progress(total, timed, quiet=not is_main, batch_tokens=config.train.batch_tokens)
         self._metrics: MetricsFile | None = None
         self._tracker: Tracker | None = None
         self._report: LiveReport | None = None
@@ -63,14 +63,14 @@ class Watching:
         self._progress.say(text)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Metrics of training, or of a validation (with `val_loss` and `val_bpb`), with their `step`."""
+        """Metrics of training, or of a validation (with `val_loss`), with their `step`."""
         if self._metrics is None:
             return
         self.keep()
         if problem := self._metrics.write(line):
             self.say(f"warning: {self._directory.metrics} could not be written ({problem}); training goes on, and its lines wait for room")
         if "val_loss" in line:
-            self._progress.validated(line["val_loss"], line["val_bpb"])
+            self._progress.validated(line)
         else:
             self._progress.update(line)
         if self._tracker is not None:

@@ -209,12 +209,6 @@ def test_a_finetuned_run_is_finetuned_further(config_of, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "overrides", "message"),
     [
-        (
-            [{"text": f"t{n}", "label": f"l{n % 2}"} for n in range(40)],
-            [],
-            r"data: its rows are of the format text_label, .*classification head",
-        ),
-        ([{"tokens": ["a"], "tags": [f"l{n % 2}"]} for n in range(40)], [], "data: its rows are of the format tokens_tags"),
         (SUMS, ["loss_on=assistant"], r"loss_on=assistant is not for rows of prompt_completion"),
         (SUMS[:1], [], r"data: .* has no training examples"),
         ([*SUMS, {"prompt": "a"}], [], r"rows\.jsonl, line 121"),

@@ -35,7 +35,7 @@ def test_the_bar_keeps_to_one_line(columns, monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(columns))
     with Progress(1200, timed=False) as progress:
-        progress.validated(3.333, 1.187)
+        progress.validated({"val_loss": 3.333, "val_bpb": 1.187})
         progress.update(line(600))
         progress.say("a line in between")
         progress.update(line(1200))
@@ -52,7 +52,7 @@ def test_the_bar_keeps_to_one_line(columns, monkeypatch, capsys):
 
 def test_elsewhere_lines_are_whole_and_few(capsys):
     with Progress(1200, timed=False) as progress:
-        progress.validated(3.333, 1.187)
+        progress.validated({"val_loss": 3.333, "val_bpb": 1.187})
         progress.update(line(400))
         progress.update(line(800))  # within a moment
         progress.say("a line in between")
