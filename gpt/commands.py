@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gpt.config import DeviceConfig, DeviceName, Precision, RunConfig, at_least, check_seed
-from gpt.data.config import DataConfig, LossOn, TokenizerConfig, holds_examples, validate_data, validate_text, validate_tokenizer
+from gpt.data.config import DataConfig, LossOn, Metric, TokenizerConfig, holds_examples, validate_data, validate_text, validate_tokenizer
 from gpt.errors import UserError
 from gpt.typed import shown
 
@@ -120,9 +120,24 @@ class EvaluateConfig(ModelUse):
     context_length: int = 0
     """Tokens of a window, and of a task's question; 0: as many as the model can read."""
     batch: int = 8
-    """Windows, or requests of a task, per forward pass."""
+    """Windows, or requests of a task, per forward pass. Answers to prompts are written four times as many at a time."""
     max_tokens: int = 0
     """Score only the first so many tokens; 0: all."""
+    metrics: list[Metric] = field(default_factory=list)
+    """Of examples: have the model answer their prompts, and compare: exact_match and token_f1 (question answering), rouge (summarisation),
+    chrf and bleu (translation), pass (code; runs it against data.fields.test)."""
+    answer_tokens: int = 0
+    """metrics: most tokens of an answer; 0: twice those of the longest right one, at most 256."""
+    temperature: float = 0.0
+    """metrics: divides the logits; 0 takes the likeliest token."""
+    seed: int = 0
+    """metrics: of the sampling, above temperature 0."""
+    stop: list[str] = field(default_factory=list)
+    """metrics: an answer ends before any of these texts."""
+    allow_execution: bool = False
+    """metrics=[pass]: run Python code that the model wrote on this machine, as you. It could read or destroy what you can."""
+    execution_seconds: float = 10.0
+    """metrics=[pass]: after which a program is killed."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness, instead of text (`pip install 'gpt-trainer[eval]'`)."""
     tasks_dir: str | None = None
@@ -130,7 +145,7 @@ class EvaluateConfig(ModelUse):
     num_fewshot: int | None = None
     """Of tasks: worked examples in front of each question; null: what the task says."""
     limit: int | None = None
-    """Of tasks: only the first so many questions."""
+    """Of tasks: only the first so many questions. Of metrics: only so many prompts, drawn evenly and always the same."""
     output: str | None = None
     """Write the figures into this JSON file too."""
 
@@ -148,11 +163,12 @@ class EvaluateConfig(ModelUse):
         for name, low in (("num_fewshot", 0), ("limit", 1)):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), low)
-                if not self.tasks:
+                if not (self.tasks or (self.metrics and name == "limit")):
                     raise UserError(f"{name}={getattr(self, name)} is of tasks; name some, e.g. tasks=[lambada_openai]")
         if self.tasks_dir is not None and not self.tasks:
             raise UserError(f"tasks_dir={self.tasks_dir}: name the tasks to run, tasks=[...]")
         validate_data(self.data)
+        self._validate_metrics()
         if not self.tasks and self.on_examples:
             for name in ("stride", "max_tokens"):
                 if getattr(self, name):
@@ -162,10 +178,34 @@ class EvaluateConfig(ModelUse):
             if self.loss_on not in ("auto", "all"):
                 raise UserError(f"loss_on={self.loss_on} is of examples; add examples=true, or leave it out")
 
+    def _validate_metrics(self) -> None:
+        for name, low in (("answer_tokens", 0), ("temperature", 0)):
+            at_least(name, getattr(self, name), low)
+        check_seed(self.seed)
+        if not self.execution_seconds > 0:
+            raise UserError(f"execution_seconds={shown(self.execution_seconds)} must be greater than 0")
+        usual = EvaluateConfig()
+        for name in ("answer_tokens", "temperature", "seed", "stop", "allow_execution", "execution_seconds"):
+            if not self.metrics and (value := getattr(self, name)) != getattr(usual, name):
+                raise UserError(f"{name}={shown(value)} is of metrics; name some, e.g. metrics=[rouge]")
+        if not self.metrics:
+            return
+        named = f"metrics={shown(list(self.metrics))}"
+        if self.tasks:
+            raise UserError(f"{named}: tasks have metrics of their own; leave one of the two out")
+        if "pass" in self.metrics and not self.allow_execution:
+            raise UserError(
+                "metrics=[pass] runs Python code that the model wrote, on this machine and as you: it could read, change or delete all "
+                "that you can; add allow_execution=true if there is nothing to lose here, best in a container or a virtual machine"
+            )
+        if not self.on_examples:
+            why = "these are read as text" if self.examples is False else f"data={self.data.source} is text"
+            raise UserError(f"{named}: are of answers to the prompts of examples, and {why}; name data with prompts and answers")
+
     @property
     def on_examples(self) -> bool:
         """Whether rows are scored as examples, not as text."""
-        return self.examples is not False and holds_examples(self.data, self.examples is True)
+        return self.examples is not False and holds_examples(self.data, self.examples is True or bool(self.metrics))
 
 
 @dataclass
@@ -371,7 +411,9 @@ COMMANDS = {
     "finetune": Command("train a model further, on prompts and completions, chats, classes or text", RunConfig, "finetune", trains=True),
     "generate": Command("continue a prompt with a trained model, or chat with it", GenerateConfig),
     "evaluate": Command(
-        "loss, perplexity and bits per byte of a model on text, how right a classifier is, or scores on tasks", EvaluateConfig, "evaluate"
+        "loss, perplexity and bits per byte of a model on text, its answers to prompts, how right a classifier is, or scores on tasks",
+        EvaluateConfig,
+        "evaluate",
     ),
     "parity": Command("compare what the device computes with the CPU, layer by layer, on one batch of a run", RunConfig, "config"),
     "precompile": Command("compile the graphs of a run ahead of it, into the device's cache", RunConfig, "config"),

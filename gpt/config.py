@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gpt.data.config import DataConfig, LossOn, TokenizerConfig, holds_examples
+from gpt.data.config import DataConfig, LossOn, Metric, TokenizerConfig, holds_examples
 from gpt.errors import UserError
 from gpt.finetuning.config import DistillConfig, DPOConfig, FreezeConfig, UnfreezeConfig
 from gpt.model.config import GPTConfig, LoRAConfig
@@ -100,6 +100,11 @@ class TrainConfig:
     """Held-out tokens used for the validations within the run."""
     final_eval_tokens: int = 1_000_000
     """Held-out tokens that the best weights are measured on at the end."""
+    metrics: list[Metric] = field(default_factory=list)
+    """finetune: at validations the model answers held-out prompts too, and is compared: exact_match and token_f1 (question answering),
+    rouge (summarisation), chrf and bleu (translation)."""
+    metrics_examples: int = 64
+    """Of metrics: how many prompts it answers."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
     spike: Literal["none", "skip", "rewind"] = "none"

@@ -47,6 +47,7 @@ EXAMPLES = {
     "evaluate": [
         ("gpt evaluate model=runs/<id>", "on what the run held out"),
         ("gpt evaluate model=<folder> data=text data.paths=[book.txt]", "on your own text, all of it"),
+        ("gpt evaluate model=runs/<id> metrics=[rouge,chrf]", "answers to held-out prompts, compared with what is right"),
         ("gpt evaluate model=<folder> tasks=[hellaswag] limit=100", "tasks of lm-evaluation-harness"),
     ],
     "precompile": [

@@ -96,6 +96,7 @@ def _validate_text(c: RunConfig) -> None:
         validate_text(c.data)
         if c.loss_on not in ("auto", "all"):
             raise UserError(f"loss_on={c.loss_on} is of examples to fine-tune on, and this is text; leave it out")
+    _validate_metrics(c)
     validate_tokenizer(c.tokenizer)
     ids, whose = {
         "bpe": (c.tokenizer.vocab_size, f"tokenizer.vocab_size={c.tokenizer.vocab_size}"),
@@ -105,6 +106,16 @@ def _validate_text(c: RunConfig) -> None:
     }[c.tokenizer.name]
     if 0 < c.model.vocab_size < ids:
         raise UserError(f"model.vocab_size={c.model.vocab_size} is smaller than {whose} (0 takes the tokenizer's)")
+
+
+def _validate_metrics(c: RunConfig) -> None:
+    """Metrics are of answers to the prompts of examples."""
+    at_least("train.metrics_examples", c.train.metrics_examples, 1)
+    named = f"train.metrics={shown(list(c.train.metrics))}"
+    if c.train.metrics and not (c.on_examples and c.command == "finetune"):
+        raise UserError(f"{named}: are of answers to the prompts of examples, and this run learns text; leave it out")
+    if "pass" in c.train.metrics:
+        raise UserError(f"{named}: a run never runs what the model writes; take pass out, and measure it with gpt evaluate metrics=[pass]")
 
 
 def _validate_batch(c: RunConfig) -> None:

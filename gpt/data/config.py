@@ -14,7 +14,11 @@ TEXT_SOURCES = ("stdlib", "text", "stdlib_topics")
 """Sources of plain text, whatever the command."""
 EXAMPLE_SOURCES = ("stdlib_docstrings", "stdlib_packages", "stdlib_tokens")
 """Sources of examples to fine-tune on, which have no plain text. The others hold rows, which may be either."""
+BESIDE_FIELDS = ("answers", "test")
+"""Fields of a row that say how an answer is checked: nothing of them is learned, and no row is made of them alone."""
 LossOn = Literal["auto", "completion", "assistant", "all"]
+Metric = Literal["exact_match", "token_f1", "rouge", "chrf", "bleu", "pass"]
+"""Of what a model answers to the prompts of examples."""
 REDACTIONS = ("email", "ip", "phone", "credit_card", "iban", "aws_key", "github_token", "api_key", "private_key", "jwt", "password")
 """What `data.redact` can replace."""
 
@@ -53,6 +57,10 @@ class FieldNames:
     """The words of a text, a list."""
     tags: str = "tags"
     """The class of each word, a list as long."""
+    answers: str = "answers"
+    """Other right completions, a list of texts, or as SQuAD has them, {text: [...]}: for metrics, not learned."""
+    test: str = "test"
+    """Python code, or a list of its lines, that raises where prompt and completion in front of it are wrong: for metrics, not learned."""
 
 
 @dataclass

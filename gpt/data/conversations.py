@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpt.data.control import render_with_control
+from gpt.data.control import render_with_control, special_pattern
 from gpt.data.formats import brief
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
@@ -121,6 +121,21 @@ class ChatRenderer:
         """Messages after messages, of which all that the second add is learned, as TRL has it. Raises as `conversation`."""
         whole = self._render([*prompt, *completion], place)
         return replace(whole, learned=[(self._end_of(prompt, whole, place, True), len(whole.text))])
+
+    def question(self, messages: Sequence[dict[str, Any]], place: str) -> Rendered:
+        """Messages and the header of an answer to them, which is to be written. Raises as `conversation`."""
+        return replace(self._render(messages, place, answering=True), learned=[])
+
+    def end_of_turn(self, messages: Sequence[dict[str, Any]], place: str) -> int | None:
+        """The id of the special token that the template writes behind the last message; None if there is none. Raises as `conversation`.
+
+        Args:
+            messages: the last one has content.
+        """
+        whole = self._render(messages, place)
+        _, said, behind = whole.text.rpartition(messages[-1]["content"].strip())
+        found = special_pattern(self._control_tokens).search(behind) if said else None
+        return self._control_tokens[found.group()] if found else None
 
     def _end_of(self, messages: Sequence[dict[str, Any]], whole: Rendered, place: str, answering: bool) -> int:
         """Where the first messages end in the whole conversation; `answering`: and the header of the answer to them."""

@@ -10,6 +10,7 @@ import json
 import sqlite3
 from pathlib import Path
 
+from gpt.data.config import BESIDE_FIELDS
 from gpt.data.sources import Row
 
 _CACHE_KIB = 32 << 10
@@ -33,7 +34,8 @@ class SeenDocuments:
 
     def is_new(self, row: Row, batch: int) -> bool:
         """Whether no row before had the same values. Later pieces of a large text are told by themselves and all pieces before."""
-        content = json.dumps(row.values, sort_keys=True).encode()
+        learned = {name: value for name, value in row.values.items() if name not in BESIDE_FIELDS}
+        content = json.dumps(learned, sort_keys=True).encode()
         digest = hashlib.blake2b(content, digest_size=16, key=self._previous if row.piece else b"").digest()
         self._previous = digest
         return self._table.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, batch)).rowcount == 1

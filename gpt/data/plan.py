@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.data.config import DataConfig, PartConfig, SourceConfig, TokenizerConfig
+from gpt.data.config import BESIDE_FIELDS, DataConfig, PartConfig, SourceConfig, TokenizerConfig
 from gpt.data.encoding import POOL_FROM_BYTES, WorkerPool
 from gpt.data.redaction import Redactor
 from gpt.data.shards import VERSION, building, write_json
@@ -145,7 +145,8 @@ def make_plan(
 
 
 def _source_key(config: SourceConfig, fingerprint: str) -> str:
-    return hash_of([config.source, config.config, config.split, asdict(config.fields), fingerprint])
+    fields = {name: theirs for name, theirs in asdict(config.fields).items() if name not in BESIDE_FIELDS}
+    return hash_of([config.source, config.config, config.split, fields, fingerprint])
 
 
 def _recognise(sources: list[Source], examples: ExampleSettings | None, skip: bool) -> tuple[list[str], str, list[str]]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gpt.data.config import FieldNames, SourceConfig
+from gpt.data.config import BESIDE_FIELDS, FieldNames, SourceConfig
 from gpt.data.files import FileReader, StoredFile, one_line
 from gpt.data.sources import FileSource, OnError, ReadReport, Row
 from gpt.errors import UserError
@@ -80,7 +80,7 @@ class RowReader:
         report.skipped(problem)
 
     def _lacks(self, what: str, there: list[str]) -> str:
-        wanted = ", ".join(self.names.values())
+        wanted = ", ".join(theirs for ours, theirs in self.names.items() if ours not in BESIDE_FIELDS)
         found = shown([name if name.isprintable() else ascii(name) for name in there])
         return f"has none of the {what}s {wanted}; it has {found}; name yours, e.g. data.fields.text=<{what}>"
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpt.data.config import BESIDE_FIELDS
 from gpt.data.formats import brief
 from gpt.data.sources import ReadReport, Row, Source
 from gpt.errors import UserError
@@ -70,7 +71,7 @@ def text_of(row: Row) -> str:
 
 
 def texts_of(row: Row) -> str:
-    """All that a row of examples says, a line each."""
+    """All that a row of examples says, a line each; not how an answer to it is checked."""
 
     def inside(value: Any) -> Iterable[str]:
         if isinstance(value, str):
@@ -83,7 +84,7 @@ def texts_of(row: Row) -> str:
                 if key != "role":
                     yield from inside(item)
 
-    return "\n".join(t for key, value in row.values.items() if key not in ("label", "tags") for t in inside(value))
+    return "\n".join(t for key, value in row.values.items() if key not in ("label", "tags", *BESIDE_FIELDS) for t in inside(value))
 
 
 @dataclass

@@ -19,11 +19,15 @@ from gpt.commands import EvaluateConfig
 from gpt.data.config import TEXT_SOURCES
 from gpt.data.sources import ReadReport
 from gpt.errors import UserError
+from gpt.evaluation.answers import Writing, check_tests, measure_answers, write_answers
 from gpt.evaluation.classification import FIGURES, as_json, matrix_lines, table_lines
 from gpt.evaluation.examples import EncodedExamples, read_examples
+from gpt.evaluation.execution import check_execution
 from gpt.evaluation.harness import find_tasks, run_tasks
 from gpt.evaluation.perplexity import HeldOutLoss, compressed_bits_per_byte, score_classes, score_examples, strided_loss
 from gpt.evaluation.progress import note, progress_bar
+from gpt.evaluation.questions import Questions, read_questions
+from gpt.evaluation.scores import check_libraries
 from gpt.evaluation.text import COMPRESSED_BYTES, encode_texts, read_texts
 from gpt.inference.loading import Loaded, load_model, read_shape
 from gpt.model.transformer import GPT
@@ -32,6 +36,7 @@ from gpt.typed import shown
 
 Score = Callable[[Callable[[int], None]], HeldOutLoss]
 
+_ANSWERS = 4  # for each window of a batch: a step of theirs computes one token of each
 _LONG = 8192  # a window that takes more memory than many a machine has
 
 
@@ -138,6 +143,8 @@ def _on_text(config: EvaluateConfig, loaded: Loaded, device: Device, length: int
 
 def _refuse_text(config: EvaluateConfig) -> None:
     """Raises UserError for what only a language model can be measured on."""
+    if config.metrics:
+        raise UserError(f"metrics={shown(config.metrics)}: model={config.model} is a classifier, which writes no answers; leave it out")
     classifier = f"model={config.model} is a classifier, which continues no text; give it rows with classes, e.g. data=jsonl"
     if config.tasks or config.examples is False:
         asked = f"tasks={shown(config.tasks)}" if config.tasks else "examples=false"
@@ -200,6 +207,7 @@ def _read_examples(config: EvaluateConfig, loaded: Loaded, length: int) -> tuple
 
 def _on_examples(config: EvaluateConfig, loaded: Loaded, device: Device, length: int) -> dict[str, Any]:
     """Score what is to be learned of examples and print the figures; they are returned for the file."""
+    questions = _read_questions(config, loaded) if config.metrics else None
     examples, report = _read_examples(config, loaded, length)
     as_it_is, lengths = replace(device, dtype=torch.float32), loaded.tokenizer.byte_lengths()
 
@@ -207,7 +215,50 @@ def _on_examples(config: EvaluateConfig, loaded: Loaded, device: Device, length:
         return score_examples(loaded.model, examples.batches(config.batch), lengths, as_it_is, scored)
 
     measured = _measure(config, score, examples.tokens, examples.bytes)
-    return report | measured | _quantized(config, loaded, measured, score, examples.tokens, examples.bytes)
+    length = min(length, _LONG) if not config.context_length else length
+    answered = _on_answers(config, loaded, length, questions) if questions else {}
+    quantized = _quantized(config, loaded, measured, score, examples.tokens, examples.bytes)
+    if quantized and questions:
+        quantized[config.quantize] |= _on_answers(config, loaded, length, questions)
+    return report | measured | answered | quantized
+
+
+def _read_questions(config: EvaluateConfig, loaded: Loaded) -> Questions:
+    """The prompts to answer, with all that could be wrong about the metrics seen before anything is computed."""
+    if "pass" in config.metrics:
+        check_execution()
+    check_libraries(config.metrics)
+    questions = read_questions(config.data, loaded.tokenizer, config.part == "held_out", config.limit)
+    if "pass" in config.metrics:
+        check_tests(questions.questions)
+    return questions
+
+
+def _on_answers(config: EvaluateConfig, loaded: Loaded, length: int, asked: Questions) -> dict[str, Any]:
+    """Have the model answer, compare, and print the figures; they are returned for the file."""
+    questions = asked.questions
+    writing = Writing(length, config.answer_tokens, _ANSWERS * config.batch, config.temperature, config.seed, tuple(config.stop))
+    started = time.perf_counter()
+    with progress_bar("writing answers", len(questions)) as advance:
+        answers = write_answers(loaded.model, loaded.tokenizer, questions, loaded.end_ids | asked.end_ids, writing, advance)
+    assert answers is not None
+    seconds = time.perf_counter() - started
+    with progress_bar("running answers", len(questions)) as advance:
+        measured = measure_answers(config.metrics, questions, answers, config.execution_seconds, advance)
+    how = "the likeliest tokens" if not config.temperature else f"temperature {config.temperature:g}, seed {config.seed}"
+    _row("answers", f"{len(questions):,} of at most {answers.max_tokens} tokens, {how}; {seconds:.1f} s")
+    if asked.left_out:
+        _row("", ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in sorted(asked.left_out.items())))
+    for name, value in measured.scores.figures.items():
+        error = measured.scores.errors.get(name)
+        _row(name.replace("_", " "), f"{value:.2f}" + (f" ± {error:.2f}" if error is not None else "") + " of 100")
+    if answers.cut:
+        note(f"{answers.cut} prompts were cut at their beginning: a prompt and its answer have {length} tokens")
+    for text in measured.scores.notes:
+        note(text)
+    report = measured.report()
+    report["answers"] |= {"left_out": dict(asked.left_out), "temperature": config.temperature, "seed": config.seed, "seconds": seconds}
+    return report
 
 
 def _quantized(

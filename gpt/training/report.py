@@ -45,6 +45,7 @@ from gpt.training.run_record import RunRow, count_parameters, describe_run, flat
 NAME = "report.html"
 RELOAD_SECONDS = 30
 SCORES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "span_f1": "Span F1"}  # of a classifier
+ANSWER_FIGURES = ("exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "chrf", "bleu")
 PARTS = ("data", "forward", "backward", "optimizer", "other")  # of a step
 FIRST_SECONDS = 20.0  # until the first live page: a run that is over by then needs none
 _MOST_SHARE = 50  # a live page is drawn again after so many times what drawing it took: 2% of one core at most
@@ -380,6 +381,15 @@ def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
         title = "Held-out text, compressed"
         result.append(Chart(title, svg(title, lambda axes: draw_bars(axes, known, "bits per byte, lower is better"), left=0.19)))
     add_loss("Loss by time", "seconds", f"training time, {unit}")
+    answers = {name: points("step", f"val_{name}") for name in ANSWER_FIGURES}
+    known_answers = [name for name, found in answers.items() if found]
+    add(
+        "Answers to held-out prompts",
+        [Curve(answers[name], name.replace("_", " "), colour, dots=40) for name, colour in zip(known_answers, SERIES, strict=False)],
+        "step",
+        "0 to 100, higher is better",
+        legend=True,
+    )
     rates = points("step", "lr")
     add("Learning rate", [Curve(rates, "")] if rates else [], "step", "learning rate")
     add("Throughput", noisy(points("step", "tokens_per_second"), ""), "step", "tokens per second", note=_mfu(lines))

@@ -25,7 +25,7 @@ from gpt.training.classes import class_lines, class_samples, confusion_chart, sa
 from gpt.training.data import TrainingData
 from gpt.training.export import describe_corpus, model_card
 from gpt.training.metrics import read_metrics
-from gpt.training.report import Sample, Summary, unit_of, write_report
+from gpt.training.report import ANSWER_FIGURES, Sample, Summary, unit_of, write_report
 from gpt.training.run_directory import RunDirectory
 
 _SAMPLES = 3  # held-out prompts to continue where the config names none
@@ -89,6 +89,7 @@ def write_results(
         f"\n{state.step} steps, {_amount(state.tokens, unit)} in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
         f"\ntime: {_shares(spent)}"
         f"{_memory(metrics, capacity)}"
+        f"{_answers(metrics, state.best_step)}"
         f"\nvalidation: best {_figure(state.best_val_loss)} at step {state.best_step}, last {_figure(last)}"
         f"{f'; {state.skipped_steps} steps left out' if state.skipped_steps else ''}"
         f"\n{what}{measured} ({beside}loss {held_out.loss:.3f} per {unit})"
@@ -125,6 +126,13 @@ def _memory(metrics: Sequence[Mapping[str, Any]], capacity: int | None) -> str:
     if not taken:
         return ""
     return f"\nmemory: {binary_size(max(taken))} at most{f' of {binary_size(capacity)}' if capacity else ''}"
+
+
+def _answers(metrics: Sequence[Mapping[str, Any]], step: int | None) -> str:
+    """How the best weights answered held-out prompts, as a line."""
+    line: Mapping[str, Any] = next((line for line in reversed(metrics) if line["step"] == step and "val_loss" in line), {})
+    known = [f"{name.replace('_', ' ')} {line[f'val_{name}']:.1f}" for name in ANSWER_FIGURES if f"val_{name}" in line]
+    return f"\nanswers: {', '.join(known)} of 100" if known else ""
 
 
 def _use(data: TrainingData) -> str:

@@ -15,7 +15,10 @@ from gpt.training.checkpoint import list_checkpoints, newest_whole
 from gpt.typed import key_of, plain, shown
 
 # Of the data, what a run that goes on may have another value of: where things lie and how they are prepared, not what they are.
-_MAY_CHANGE = ("data.paths", "data.parts", "data.cache_dir", "data.workers", "data.memory_mb", "data.licence")
+_MAY_CHANGE = (
+    "data.paths", "data.parts", "data.cache_dir", "data.workers", "data.memory_mb", "data.licence",
+    "data.fields.answers", "data.fields.test",
+)  # fmt: skip
 _MUST_STAY = (
     "seed", "init", "loss_on", "train.batch_tokens", "train.sequence_length", "train.overfit", "train.ema", "optimizer.name",
     "unfreeze", "layerwise_lr_decay", "adapt_tokenizer",

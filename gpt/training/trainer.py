@@ -40,6 +40,7 @@ from gpt.runtime.distributed import Agreement, join_world
 from gpt.runtime.parallel import unwrapped
 from gpt.runtime.sharding import reshard
 from gpt.runtime.signals import StopRequest
+from gpt.training.answering import Answering
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole, read_state
 from gpt.training.checkpoint_retention import Retention
 from gpt.training.checkpoint_writer import CheckpointWriter
@@ -201,6 +202,7 @@ class Trainer:
             self.micro_batch = world.least(largest_that_fits(attempt, sizes))
             if self.micro_batch != sizes[0]:
                 self.say(f"micro-batches of {self.micro_batch} sequences: {sizes[0]} do not fit into memory")
+        self.answering = Answering(config, self.data.tokenizer, world, self.device, self.say)
         self.clock = StepClock(self.device)
         self.counts = Counts(self.state, self.device)
         self.step = Step(
@@ -403,12 +405,13 @@ class Trainer:
         self.doing = f"validating at step {state.step}"
         with self.clock.spend("evaluation"):
             result = self._held_out(self.config.train.eval_tokens, lambda: bool(self._agree()))
-            figures = result.figures() if result is not None else {}
+            answered = {} if result is None else self.answering(self.model, self.average, self.stop, state.step, self.watching.say)
         if result is None:
             return None
         gc.collect()
         self.counts.store(state)
         state.validated_step, state.val_loss = state.step, result.loss
+        figures = result.figures() | answered
         self.watching.log({"step": state.step, "tokens": state.tokens, "seconds": state.seconds, **figures})
         if state.best_val_loss is not None and not result.loss < state.best_val_loss:
             return False
