@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gpt.model.attention import Attention
 from gpt.model.feedforward import FeedForward
+from gpt.model.lora import merge
 from gpt.model.transformer import GPT
 
 _linear = torch.ops.mkldnn._linear_pointwise.default
@@ -45,7 +46,8 @@ class PackedLinear(nn.Module):
 
 @torch.no_grad()
 def join_projections(model: GPT) -> None:
-    """Make one linear layer of each block's q, k and v, in place: one large product is faster than three small ones."""
+    """Make one linear layer of each block's q, k and v, in place, adapters merged: one large product is faster than three small ones."""
+    merge(model)
     for attention in model.modules():
         if isinstance(attention, Attention) and attention.qkv is None:
             parts = [attention.q, attention.k, attention.v]

@@ -13,6 +13,8 @@ from gpt.inference.decode import generate_tokens
 from gpt.inference.packing import PackedLinear, is_packed_by_rows, pack_for_inference, without_onednn
 from gpt.inference.sampling import Sampling
 from gpt.model.attention import KVCache
+from gpt.model.config import LoRAConfig
+from gpt.model.lora import adapter_parameters, attach_as
 from gpt.model.transformer import GPT
 
 
@@ -53,6 +55,17 @@ def test_with_a_cache_too():
     cache = KVCache(model.config, 2, 12)
     steps = [other(part, cache) for part in tokens.split([5, 1, 6], dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), model(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_are_merged_first():
+    model = random_model("no positions")
+    attach_as(model, LoRAConfig(rank=2))
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens = torch.arange(12).reshape(2, 6) % VOCAB
+    with torch.no_grad():
+        expected = model.eval()(tokens)
+        torch.testing.assert_close(packed(model)(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dtypes_without_a_packed_layout_stay_as_they_are():
