@@ -20,7 +20,7 @@ _TEXT = 600  # characters of a text that is shown
 
 @torch.no_grad()
 def class_samples(model: GPT, data: TrainingData) -> list[Sample]:
-    """The first held-out examples, with the classes that the model finds likeliest and those that are right.
+    """Some held-out examples, with the classes that the model finds likeliest and those that are right.
 
     Args:
         model: in eval mode.

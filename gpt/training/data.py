@@ -64,7 +64,7 @@ class TrainingData:
         prompts: (how many) -> beginnings of held-out texts.
         head: what its targets are: the tokens that follow, or classes of texts or of words.
         classes: these, in order.
-        labelled: (how many) -> held-out examples with classes.
+        labelled: (at most how many) -> held-out examples with classes.
     """
 
     tokenizer: Tokenizer
@@ -255,11 +255,12 @@ def _held_out_prompts(corpus: Corpus, count: int) -> list[Prompt]:
 
 
 def _held_out_labelled(corpus: Corpus, count: int) -> list[Labelled]:
-    """The first held-out examples with classes."""
+    """Held-out examples with classes, from all over the data: rows of one class often stand together."""
     split = corpus.parts[0].held_out
     assert split.labels is not None
-    found = []
-    for start, end in pairwise(split.documents[: count + 1].tolist()):
+    borders, found = split.documents.astype(np.int64), []
+    for number in np.unique(np.linspace(0, len(borders) - 2, count).round().astype(np.int64)):
+        start, end = borders[number : number + 2].tolist()
         ids, labels = (array.windows(np.array([start]), end - start)[0].tolist() for array in (split.tokens, split.labels))
         found.append(Labelled(ids, {place: label for place, label in enumerate(labels) if label != IGNORE}))
     return found

@@ -7,8 +7,10 @@ import re
 import numpy as np
 import pytest
 
+from gpt.data.config import EXAMPLE_SOURCES, TEXT_SOURCES, SourceConfig
 from gpt.evaluation.classification import ClassScores
 from gpt.training.classes import confusion_chart, say_samples
+from gpt.training.export import _named
 from gpt.training.report import Sample, Summary, write_live_report, write_report
 
 SUMMARY = Summary(
@@ -75,3 +77,9 @@ def test_the_page_of_a_classifier_that_still_learns(tmp_path):
     page = write_live_report(tmp_path, stopped=True).read_text()
     for shown in ('Span F1</dt><dd class="value">0.250', "of held-out words", "loss, nats per word", "<dt>Words</dt>"):
         assert shown in page
+
+
+@pytest.mark.parametrize("source", [*EXAMPLE_SOURCES, *TEXT_SOURCES])
+def test_a_model_card_has_words_for_every_source(source):
+    data = SourceConfig(source, paths=["a/book.txt"] if source == "text" else [])  # pyright: ignore
+    assert _named(data)

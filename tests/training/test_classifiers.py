@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 
-from gpt.compose import compose_run, load_run
+from gpt.compose import compose_run, compose_use, load_run
 from gpt.data.sources import open_source
 from gpt.data.survey import survey
 from gpt.errors import UserError
 from gpt.inference.loading import load_model
+from gpt.training.export import export
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
 from tests.training.finetuning import (
@@ -286,3 +287,21 @@ def test_an_unfinished_classifier_is_read_from_its_checkpoint(config_of):
     model = load_model(str(run)).model
     assert (model.config.head, model.config.classes) == ("sequence", ["animal", "fruit", "tool"])
     assert json.loads((run / "checkpoints/step-00000001/state.json").read_text())["step"] == 1
+
+
+def test_it_is_exported_for_the_stock_class(classifier, tmp_path, capsys):
+    assert export(compose_use("export", [f"run={classifier}", f"output={tmp_path / 'out'}", "dtype=bfloat16"])) == 0
+    told = capsys.readouterr()
+    assert "as bfloat16" in told.out
+    assert "GPT2ForSequenceClassification" in told.out
+    assert "transformers.AutoModelForSequenceClassification.from_pretrained" in told.err
+    assert "or gpt evaluate model=" in told.err
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    stock: Any = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert (stock.dtype, list(stock.config.id2label.values())) == (torch.bfloat16, ["animal", "fruit", "tool"])
+    shutil.copytree(classifier, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")  # then the card is made from the run
+    assert export(compose_use("export", [f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}"])) == 0
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "loss, nats per example" in card
+    assert "A classifier of texts: " in card
