@@ -94,25 +94,43 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
 
 
 def _take_shape(config: RunConfig, named: Sequence[str]) -> None:
-    """Make the model and the tokenizer those of `init`.
+    """Make the model that of `init`, and the tokenizer too unless `adapt_tokenizer` says otherwise.
 
     Args:
         config: with `init`.
         named: the groups and keys that the user named.
 
     Raises:
-        UserError: one of them says otherwise, or there are no such weights.
+        UserError: one of them says otherwise, or there are no such weights or no such tokenizer.
     """
-    fixed = [key for key in named if key.partition(".")[0] in ("model", "tokenizer") and key != "model.dropout"]
-    if fixed:
-        raise UserError(f"{fixed[0]}: init={config.init} brings its own shape and tokenizer; leave it out (model.dropout may be set)")
-    from gpt.inference.loading import read_shape  # imports torch
+    brings, other = f"init={config.init} brings its own shape and tokenizer; leave it out", config.adapt_tokenizer
+    free = ["dropout"] if other is None else ["dropout", "vocab_size"]
+    makes = "adapt_tokenizer=train, which makes one of the data as tokenizer.* says"
+    for key in named:
+        section, _, name = key.partition(".")
+        if section == "model" and name not in free:
+            raise UserError(f"{key}: {brings} ({' and '.join(f'model.{name}' for name in free)} may be set)")
+        if section == "tokenizer" and other is None:
+            raise UserError(f"{key}: {brings}, or go on with another: adapt_tokenizer=<folder, run or hub id>, or {makes}")
+        if section == "tokenizer" and other != "train":
+            raise UserError(f"{key}: adapt_tokenizer={other} is a tokenizer that exists; leave it out, or give {makes}")
+    if other == "train" and config.tokenizer.name == "pretrained":
+        raise UserError("tokenizer=pretrained: adapt_tokenizer=train makes a tokenizer of the data; give adapt_tokenizer its path instead")
+    kinds = get_args(typing.get_type_hints(TokenizerConfig)["name"])
+    if other is not None and other in kinds and not os.path.exists(other):
+        raise UserError(f"adapt_tokenizer={other} is no tokenizer that exists; for a new one give adapt_tokenizer=train tokenizer={other}")
+    from gpt.inference.loading import read_shape, read_tokenizer  # imports torch
 
-    dropout = config.model.dropout
+    of_user = {name: getattr(config.model, name) for name in free if f"model.{name}" in named}
     config.model, tokenizer = read_shape(typing.cast(str, config.init), config.allow_pickle)
-    if "model.dropout" in named:
-        config.model.dropout = dropout
-    config.tokenizer = TokenizerConfig("pretrained", path=tokenizer)
+    if other is not None:
+        config.model.vocab_size = 0
+    if other is not None and other != "train":
+        tokenizer, config.model.vocab_size = read_tokenizer(other, "adapt_tokenizer", ("train",))
+    for name, value in of_user.items():
+        setattr(config.model, name, value)
+    if other != "train":
+        config.tokenizer = TokenizerConfig("pretrained", path=tokenizer)
 
 
 def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None = None) -> Any:

@@ -226,7 +226,8 @@ class RunConfig:
     layerwise_lr_decay: float = 1.0
     """Each block learns at this share of the rate of the one above it, the embeddings slowest (Howard & Ruder, 2018); 1: all alike."""
     adapt_tokenizer: str | None = None
-    """finetune: go on with another tokenizer, a folder, run, tokenizer.json or hub id, or `train`: one trained on the data."""
+    """Have the weights of init go on with another tokenizer: a folder, run, tokenizer.json or hub id, or `train`: one made of the data,
+    as tokenizer.* says. Tokens that both have keep their embeddings, others start from the mean of their old pieces' (a new language)."""
     resume: str = "auto"
     """auto: continue the newest whole checkpoint of this run.id; never: refuse an existing run; or a run directory."""
     run: RunSection = field(default_factory=RunSection)

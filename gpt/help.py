@@ -36,6 +36,7 @@ EXAMPLES = {
         ("gpt finetune init=<folder> data=jsonl data.paths=[qa.jsonl] data.fields.prompt=question", "with fields of other names"),
         ("gpt finetune init=runs/<id> data=stdlib_topics", "on plain text of another kind"),
         ("gpt finetune init=<folder> lora.rank=8 optimizer.lr=1e-3", "adapters alone: model/ is merged, adapter/ is for PEFT"),
+        ("gpt finetune init=runs/<id> experiment=finetune_language", "English prose, with a tokenizer of its own"),
         ("gpt finetune -m init=runs/<id> seed=1,2,3 optimizer.lr=1e-4,3e-4", "every combination, one table"),
     ],
     "generate": [

@@ -98,6 +98,16 @@ def _validate_text(c: RunConfig) -> None:
             raise UserError(f"loss_on={c.loss_on} is of examples to fine-tune on, and this is text; leave it out")
     _validate_metrics(c)
     validate_tokenizer(c.tokenizer)
+    if c.adapt_tokenizer is not None and c.init is None:
+        raise UserError(
+            f"adapt_tokenizer={shown(c.adapt_tokenizer)}: weights that there are go on with another tokenizer, and there are none; "
+            "give init=<run, Hugging Face directory or hub id>, or leave it out"
+        )
+    if c.adapt_tokenizer is not None and c.lora.rank:
+        raise UserError(
+            f"lora.rank={c.lora.rank}: adapters leave the embeddings frozen, and those of adapt_tokenizer must train; "
+            "adapt the tokenizer in a run of its own, and give that to init="
+        )
     ids, whose = {
         "bpe": (c.tokenizer.vocab_size, f"tokenizer.vocab_size={c.tokenizer.vocab_size}"),
         "char": (257, "the 257 ids that tokenizer=char has at least"),

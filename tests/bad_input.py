@@ -188,6 +188,7 @@ BAD_INPUT = {
     "evaluate model=x tasks=[a] stride=3": ("stride=3", "tasks"),
     "evaluate model=x tasks=[a] data=text data.paths=[b.txt]": ("data.paths=[b.txt]", "tasks"),
     # finetune, prepare, inspect
+    "pretrain adapt_tokenizer=train": ("adapt_tokenizer=train", "init=<run"),
     "finetune": ("init", "init=runs/<id>", "gpt pretrain"),
     "finetune data=jsonl data.paths=[a.jsonl]": ("init", "init=runs/<id>"),
     "prepare context_length=0": ("context_length=0", "at least 1"),

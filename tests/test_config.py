@@ -29,6 +29,7 @@ from gpt.data.config import (
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
 from gpt.typed import from_dict, plain, schema_keys
+from tests.training.finetuning import save_small_model
 
 CONFIGS = config_directory()
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
@@ -43,19 +44,32 @@ NEEDS = {  # what an option cannot do without
     ("experiment", "char_fast"): ["data.paths=[book.txt]"],
 }
 NOT_TEXT = {("data", source) for source in EXAMPLE_SOURCES}  # what gpt pretrain cannot take
+FROM_WEIGHTS = [name for name in groups()["experiment"] if name.startswith("finetune")]  # experiments of gpt finetune
+FROM_NOTHING = [name for name in groups()["experiment"] if name not in FROM_WEIGHTS]
 
 
 def compose(*arguments: str) -> RunConfig:
     return compose_run("pretrain", arguments)
 
 
+@pytest.fixture(scope="module")
+def init(tmp_path_factory) -> Path:
+    """Weights to start from."""
+    return save_small_model(tmp_path_factory.mktemp("init") / "model")
+
+
 # configs/
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(pair) for pair in OPTIONS])
-def test_every_option_composes_and_validates(group, option):
+def test_every_option_composes_and_validates(group, option, request):
     arguments = [f"{group}={option}", *NEEDS.get((group, option), [])]
-    config = compose_use("inspect", arguments) if (group, option) in NOT_TEXT else compose(*arguments)
+    if (group, option) in NOT_TEXT:
+        config = compose_use("inspect", arguments)
+    elif group == "experiment" and option in FROM_WEIGHTS:
+        config = compose_run("finetune", [*arguments, f"init={request.getfixturevalue('init')}"])
+    else:
+        config = compose(*arguments)
     text = (CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     values.pop("defaults", None)
@@ -71,10 +85,10 @@ def test_every_option_composes_and_validates(group, option):
 
 
 def test_experiments_and_debug_modes_go_together_with_every_model():
-    for experiment, model in itertools.product(groups()["experiment"], groups()["model"]):
+    for experiment, model in itertools.product(FROM_NOTHING, groups()["model"]):
         config = compose(f"experiment={experiment}", f"model={model}", *NEEDS.get(("experiment", experiment), []))
         assert config.model.positions == compose(f"model={model}").model.positions
-    for experiment, debug in itertools.product(groups()["experiment"], groups()["debug"]):
+    for experiment, debug in itertools.product(FROM_NOTHING, groups()["debug"]):
         config = compose(
             f"experiment={experiment}", f"debug={debug}", "tokenizer.path=null", "data=text", "data.paths=[x]", "tokenizer=bpe"
         )

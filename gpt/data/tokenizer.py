@@ -146,6 +146,27 @@ class Tokenizer:
         """The bytes that each id stands for, those of its name for a special token; b"" for an id without a token."""
         return [self._pieces[index] for index in ids]
 
+    def roles(self) -> dict[str, int]:
+        """bos_token, eos_token, pad_token and unk_token, as far as there are such, and their ids."""
+        named = {role: self.backend.token_to_id(token) for role, token in self.special_tokens.items()}
+        if not named:
+            named = dict.fromkeys(("eos_token", "bos_token", "pad_token"), self.end_of_text)  # as it is exported
+        return {role: index for role, index in ({"unk_token": self._unknown} | named).items() if index is not None}
+
+    def cut(self, pieces: Sequence[bytes]) -> list[list[int]]:
+        """The ids of pieces of texts, each cut as it would be within one: nothing is put before it, special tokens in it are text.
+
+        Args:
+            pieces: bytes, which may begin or end in the middle of a character. Those that the tokenizer has no id for are left out.
+        """
+        segments = [self._segments(piece) for piece in pieces]
+        texts = {segment for parts in segments for segment in parts if isinstance(segment, str)}
+        encodings = self._within.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids: dict[str | bytes, list[int]] = dict(zip(texts, (encoding.ids for encoding in encodings), strict=True))
+        for segment in {segment for parts in segments for segment in parts if isinstance(segment, bytes)}:
+            ids[segment] = self._cut_bytes(segment)
+        return [[index for segment in parts for index in ids[segment] if index != self._unknown] for parts in segments]
+
     def starting_with_space(self) -> list[int]:
         """The ids whose text begins with a space; none if the tokenizer is not byte-level."""
         return [i for token, i in self.backend.get_vocab().items() if token[0] == "Ġ"] if self._kind == "byte-level" else []
@@ -207,6 +228,39 @@ class Tokenizer:
             else:
                 pieces[index] = (token.replace("▁", " ") if self._kind == "SentencePiece" else token).encode()
         return pieces
+
+    def _segments(self, piece: bytes) -> list[str | bytes]:
+        """Text as far as there are whole characters, and the bytes between."""
+        found: list[str | bytes] = []
+        while piece:
+            try:
+                return [*found, piece.decode()]
+            except UnicodeDecodeError as error:
+                if self._kind == "byte-level":  # its merges do not heed where a character ends
+                    return [piece]
+                found += [piece[: error.start].decode()] if error.start else []
+                found.append(piece[error.start : error.end])
+                piece = piece[error.end :]
+        return found
+
+    def _cut_bytes(self, piece: bytes) -> list[int]:
+        """The ids of bytes that are no text."""
+        if self._kind == "byte-level":
+            written = {byte: character for character, byte in byte_of_character().items()}
+            return [token.id for token in self.backend.model.tokenize("".join(written[byte] for byte in piece))]
+        found = [self.backend.token_to_id(f"<0x{byte:02X}>") for byte in piece]
+        return [index for index in found if index is not None]
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id of what there is no other id for."""
+        model = json.loads(self.backend.to_str())["model"]
+        return model["unk_id"] if model.get("unk_id") is not None else self.backend.token_to_id(model.get("unk_token") or "")
+
+    @cached_property
+    def _within(self) -> HFTokenizer:
+        """A copy that cuts a text as a part within another."""
+        return _without_surroundings(self.backend, is_first=False, is_text=False)
 
     @cached_property
     def _control(self) -> tuple[dict[str, tuple[int, AddedToken]], re.Pattern[str]]:
@@ -329,17 +383,25 @@ def _character_offsets(text: str, ends: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-def _without_surroundings(backend: HFTokenizer, is_first: bool) -> HFTokenizer:
-    """A copy that puts nothing around a text and whose offsets keep blanks; for a later part also no "▁" that only a first one has."""
+def _without_surroundings(backend: HFTokenizer, is_first: bool, is_text: bool = True) -> HFTokenizer:
+    """A copy that puts nothing around a text and whose offsets keep blanks.
+
+    Args:
+        backend: to copy.
+        is_first: False: of a later part, so that there is no "▁" before it that only a first one has.
+        is_text: False: of a part that is no text of its own, so that there is no blank before it that every text has, and none is taken.
+    """
     from tokenizers import Tokenizer as HFTokenizer
 
     spec = json.loads(backend.to_str())
     spec["post_processor"] = None
-    if not is_first:
-        steps = spec["pre_tokenizer"] or {}
-        for step in steps.get("pretokenizers", [steps]):
-            if step.get("prepend_scheme") == "first":
-                step["prepend_scheme"] = "never"
+    steps = spec["pre_tokenizer"] or {}
+    for step in steps.get("pretokenizers", [steps]):
+        if not is_text or (not is_first and step.get("prepend_scheme") == "first"):
+            step |= {key: value for key, value in (("prepend_scheme", "never"), ("add_prefix_space", False)) if key in step}
+    if not is_text and (normalizer := spec["normalizer"]) is not None:
+        kept = [step for step in normalizer.get("normalizers", [normalizer]) if step["type"] not in ("Prepend", "Strip")]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": kept}
     copy = HFTokenizer.from_str(json.dumps(spec))
     copy.encode_special_tokens = True
     return copy

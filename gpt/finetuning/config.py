@@ -16,7 +16,7 @@ class FreezeConfig:
     """Which parameters do not train: all that any of these keys names."""
 
     name: Literal[
-        "none", "embeddings", "first_n", "last_n_only", "head_only", "norms_and_biases", "gradual", "custom",
+        "none", "embeddings", "first_n", "last_n_only", "head_only", "norms_and_biases", "gradual", "embeddings_first", "custom",
     ] = "none"  # fmt: skip
     """What the plan is called; the keys below say what it is."""
     embeddings: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gpt.model.lora import merge
 from gpt.model.peft_files import base_of, is_adapter_folder, load_adapter
 from gpt.model.transformer import GPT
 from gpt.model.weight_files import find_checkpoint, read_json
+from gpt.typed import nearest, shown
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def load_model(
 def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tuple[GPTConfig, str]:
     """The shape of a model, and where its tokenizer is, without its weights.
 
-    Args and raises: as `load_model`.
+    Args and raises: as `load_model`; also if the tokenizer beside the weights is of another model.
     """
     directory, run = _locate(path, allow_pickle, key)
     if is_adapter_folder(directory):
@@ -74,13 +76,48 @@ def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tupl
         except ValueError as error:
             raise UserError(f"{key}={path}: {error}") from error
         shape, tokenizer = read_shape(base, allow_pickle, f"{key}={path}: its base")
-        return shape, str(directory.resolve()) if _has_tokenizer(directory) else tokenizer
+        if not _has_tokenizer(directory):
+            return shape, tokenizer
+        check_rows(shape.vocab_size, load_tokenizer(directory), f"{key}={path}")
+        return shape, str(directory.resolve())
     if run and not (directory / "config.json").is_file():
-        return load_run(run).model, str((run / "tokenizer.json").resolve())
+        config, tokenizer = load_run(run).model, run / "tokenizer.json"
+    else:
+        try:
+            config, tokenizer = read_config(directory), directory
+        except ValueError as error:
+            raise UserError(f"{key}={path}: {error}") from error
+    check_rows(config.vocab_size, load_tokenizer(tokenizer), f"{key}={path}")
+    return config, str(tokenizer.resolve())
+
+
+def check_rows(rows: int, tokenizer: Tokenizer, key: str) -> None:
+    """Raises UserError where weights have fewer rows of tokens than the tokenizer beside them has ids."""
+    if rows < tokenizer.vocab_size:
+        raise UserError(
+            f"{key}: its weights know {rows:,} tokens and the tokenizer beside them has {tokenizer.vocab_size:,}, so they are not of one "
+            "model; put the weights' own tokenizer.json there, and give the other one as adapt_tokenizer if it is to take its place"
+        )
+
+
+def read_tokenizer(path: str, key: str, words: Sequence[str] = ()) -> tuple[str, int]:
+    """Where a tokenizer is, and how many ids it has.
+
+    Args:
+        path: a folder, a run, a tokenizer.json or a hub id.
+        key: what the user calls `path`, for messages.
+        words: what else the key can be, for messages.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
-        return read_config(directory), str(directory.resolve())
-    except ValueError as error:
-        raise UserError(f"{key}={path}: {error}") from error
+        count = load_tokenizer(path).vocab_size
+    except UserError as error:
+        why = str(error).removeprefix(f"tokenizer.path={path}: ")
+        raise UserError(f"{key}={shown(path)}: {why}{nearest(path, words)}") from error
+    file = expanded(path)
+    return str(file.resolve()) if file.exists() else path, count
 
 
 def stock_place(path: str) -> str | None:

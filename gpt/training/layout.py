@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from gpt.config import RunConfig, TrainConfig
+from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.finetuning.freezing import set_trainable
+from gpt.finetuning.vocabulary import adapt_vocabulary
 from gpt.inference.loading import load_model
 from gpt.model.heads import adopt, describe
 from gpt.model.lora import init_adapters
@@ -89,16 +91,17 @@ def lay_out(
     return Layout(model, spread_objective, digests)
 
 
-def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None]) -> GPT:
+def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None], tokenizer: Tokenizer | None = None) -> GPT:
     """The model that a run begins with, in fp32 on the CPU; seeds the run's random numbers.
 
     Args:
         config: the run, with the size of the vocabulary.
         fresh: whether it begins with these weights, random ones or those of `init`; False: a checkpoint brings others.
         say: takes progress messages.
+        tokenizer: of the run, for which weights of another one are adapted.
 
     Raises:
-        UserError: the weights cannot be read, or have a head of other classes.
+        UserError: the weights cannot be read, are not of the tokenizer beside them, or have a head of other classes.
     """
     torch.manual_seed(config.seed)
     model = GPT.materialise(config.model, lora=config.lora)
@@ -106,9 +109,13 @@ def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None]) ->
         model.init_weights()
         return model
     # Copied, dropout and all: what is loaded may be mapped from its file, and has the dropout of its own training.
-    loaded = load_model(config.init, dtype=torch.float32, allow_pickle=config.allow_pickle, key="init").model
+    loaded = load_model(config.init, dtype=torch.float32, allow_pickle=config.allow_pickle, key="init")
+    if config.adapt_tokenizer is not None:
+        assert tokenizer is not None
+        origins = adapt_vocabulary(loaded.model, loaded.tokenizer, tokenizer, config.model.vocab_size, f"init={config.init}")
+        say(f"tokenizer: {tokenizer.describe()}, in place of {loaded.tokenizer.describe()}; of its {origins}")
     try:
-        kept = adopt(model, model.config, loaded, loaded.config)
+        kept = adopt(model, model.config, loaded.model, loaded.model.config)
     except ValueError as error:
         raise UserError(f"init={config.init}: {error}") from error
     init_adapters(model)

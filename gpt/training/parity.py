@@ -109,6 +109,8 @@ def parity(config: RunConfig) -> int:
 
     if config.parallel.name != "none":
         raise UserError(f"parallel={config.parallel.name}: gpt parity compares one device with the CPU; leave it out")
+    if config.adapt_tokenizer is not None:
+        raise UserError(f"adapt_tokenizer={config.adapt_tokenizer}: gpt parity compares the weights of init= as they are; leave it out")
     device, host = find_device(config.device, config.precision), replace(config.device, name="cpu")
     cpu, narrow = find_device(host, "fp32"), find_device(host, "bf16")
     compiled, how = should_compile(config.compile if config.compile != "auto" else True, device)

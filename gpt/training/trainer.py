@@ -182,7 +182,7 @@ class Trainer:
         complete_shape(config.model, self.data, self.say)
         self.byte_lengths = self.data.target_bytes()
         self.doing = "laying out the model"
-        start = partial(first_weights, config, checkpoint is None, self.say)
+        start = partial(first_weights, config, checkpoint is None, self.say, self.data.tokenizer)
         with torch.device("meta"):
             shape = GPT(config.model, config.lora)
             plan = plan_freezing(config.freeze, config.unfreeze, shape, config.model.head != "language_model")
@@ -213,6 +213,8 @@ class Trainer:
         if world.is_main:
             self.directory.describe(config, self.device, self.data.tokenizer)
             self.peak_flops = self.device.measured_peak()
+        if config.adapt_tokenizer is not None and not any("embeddings.tokens.weight" in stage.names for stage in plan.stages):
+            self.say("note: the embeddings of the new tokenizer's tokens do not train: they are frozen, and stay as they are made")
         if plan.freezes or config.layerwise_lr_decay < 1:
             rows = self.unfreezing.rows()
             self.say(write_table(rows))
