@@ -135,6 +135,8 @@ def _run_command(command: str, arguments: list[str], config_dir: Path | None, sh
         if wrong:
             raise UserError(f"{str(error).rstrip('.')}{'' if str(error).endswith('?') else '.'} Add -m for a run of each value") from error
         raise
+    if isinstance(config, RunConfig):
+        _refuse_search(command, arguments, config)
     if show:
         import yaml
 
@@ -142,12 +144,25 @@ def _run_command(command: str, arguments: list[str], config_dir: Path | None, sh
 
         print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
         return 0
+    if isinstance(config, RunConfig) and config.freeze.name == "search":
+        from gpt.plan_search import search
+
+        return search(arguments, config, config_dir)
     if isinstance(config, (ModelUse, RunConfig)):
         from gpt.runtime.environment import prepare_environment
 
         prepare_environment(config.device_config if isinstance(config, ModelUse) else config.device)
     module, _, function = _RUNS[command].partition(":")
     return getattr(importlib.import_module(module), function)(config)
+
+
+def _refuse_search(command: str, arguments: Sequence[str], config: RunConfig) -> None:
+    """Raises UserError where what is of freeze=search is given to something else."""
+    if config.freeze.name == "search" and command != "finetune":
+        raise UserError(f"freeze=search: gpt {command} tries no plans, gpt finetune does; choose one plan, such as freeze=none")
+    own = [argument for argument in arguments if argument.startswith("freeze.search_")]
+    if own and config.freeze.name != "search":
+        raise UserError(f"{own[0]}: is of freeze=search, and this is freeze={config.freeze.name}; add freeze=search")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ EXAMPLES = {
         ("gpt finetune init=runs/<id> data=stdlib_topics", "on plain text of another kind"),
         ("gpt finetune init=<folder> lora.rank=8 optimizer.lr=1e-3", "adapters alone: model/ is merged, adapter/ is for PEFT"),
         ("gpt finetune init=runs/<id> experiment=finetune_language", "English prose, with a tokenizer of its own"),
+        ("gpt finetune init=runs/<id> freeze=first_n freeze.first_n_blocks=4", "only the upper blocks train"),
+        ("gpt finetune init=runs/<id> freeze=search", "several plans for a while each: loss against time and memory"),
         ("gpt finetune -m init=runs/<id> seed=1,2,3 optimizer.lr=1e-4,3e-4", "every combination, one table"),
     ],
     "generate": [

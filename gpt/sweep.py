@@ -79,6 +79,8 @@ class Sweep:
     fixed: dict[str, str]
     """Settings that are the same for all."""
     runs: list[SweptRun] = field(default_factory=list)
+    kind: str = "sweep"
+    """What it is called: a `sweep`, or a `search`, whose runs do not all set the same keys."""
 
     def file(self, suffix: str) -> Path:
         """`<folder>/<id><suffix>`."""
@@ -113,21 +115,11 @@ def sweep(command: str, arguments: Sequence[str], config_dir: Path | None = None
         width = len(str(len(plan.runs)))
         print("\n".join(f"{number:>{width}}  {_line(run.settings)}" for number, run in enumerate(plan.runs, 1)))
         return 0
-    with _held(plan):
-        _join_earlier(plan)
-        again = ["gpt", command, "-m", *(a for a in arguments if not a.startswith("run.id=")), f"run.id={plan.id}"]
-        again += [f"--config-dir={config_dir}"] if config_dir else []
-        stopped_by = _run_all(plan)
+    with held(plan):
+        join_earlier(plan)
+        stopped_by = run_all(plan)
         _report(plan)
-        asked = [run for run in plan.runs if run.config is not None]
-        unfinished = sum(run.state != "finished" for run in asked)
-        if not unfinished:
-            return 0
-        if stopped_by:
-            _say(f"interrupted; continue with: {shlex.join(again)}")
-            return 128 + stopped_by
-        _say(f"{unfinished} of {len(asked)} runs did not finish; the same command tries them again: {shlex.join(again)}")
-        return 1
+        return conclude(plan, ["gpt", command, "-m", *arguments], config_dir, stopped_by)
 
 
 # Before the first run
@@ -178,22 +170,25 @@ def _compose(command: str, fixed: dict[str, str], swept: dict[str, list[str]], c
             raise UserError(f"{error} (combination {number} of {len(every)}: {_line(settings)}; nothing was started)") from error
         if config.launch.nnodes > 1:
             raise UserError(f"launch.nnodes={config.launch.nnodes}: a sweep runs on one machine; leave it out, or start each run by itself")
+        if config.freeze.name == "search":
+            raise UserError("-m: freeze=search is a sweep over plans by itself; leave out -m, or sweep over plans: freeze=none,first_n")
         if plan is None:
             same = {key: argument.partition("=")[2] for key, argument in fixed.items() if key not in ("run.id", "run.dir", "resume")}
-            plan = Sweep(command, config.run.id or _new_id(), Path(config.run.dir).expanduser(), same)
+            plan = Sweep(command, config.run.id or new_id("sweep"), Path(config.run.dir).expanduser(), same)
         config.run.id, config.run.dir = "", str(plan.folder)  # the number follows, once it is known which runs there are
         plan.runs.append(SweptRun(Path(), settings, config))
     assert plan is not None, "there are two combinations at least"
     return plan
 
 
-def _new_id() -> str:
+def new_id(kind: str) -> str:
+    """`<kind>-<time>-<4 letters>`."""
     letters = "".join(random.SystemRandom().choices(string.ascii_lowercase, k=4))
-    return f"sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}-{letters}"
+    return f"{kind}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{letters}"
 
 
 @contextmanager
-def _held(plan: Sweep) -> Iterator[None]:
+def held(plan: Sweep) -> Iterator[None]:
     """The sweep's files, for this process alone."""
     from filelock import FileLock, Timeout
 
@@ -202,7 +197,7 @@ def _held(plan: Sweep) -> Iterator[None]:
         plan.folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"run.id={plan.id}: another process is working on this sweep; wait for it or choose another id") from error
+        raise UserError(f"run.id={plan.id}: another process is working on this {plan.kind}; wait for it or choose another id") from error
     except OSError as error:
         raise UserError(f"run.dir={plan.folder}: cannot be written ({error.strerror})") from error
     try:
@@ -212,7 +207,7 @@ def _held(plan: Sweep) -> Iterator[None]:
         lock.release()
 
 
-def _join_earlier(plan: Sweep) -> None:
+def join_earlier(plan: Sweep) -> None:
     """Give every run its directory: that which it has in the sweep of this id, or the next number; and write down which runs there are.
 
     Raises:
@@ -253,12 +248,12 @@ def _earlier(plan: Sweep, path: Path) -> list[SweptRun]:
         runs = [SweptRun(plan.folder / run["id"], dict(run["settings"])) for run in before["runs"]]
         then = {"the command": before["command"], **before["settings"], "the swept keys": ", ".join(sorted(runs[0].settings))}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"run.id={plan.id}: {path} cannot be read as a sweep ({error!r}); choose another run.id") from error
+        raise UserError(f"run.id={plan.id}: {path} cannot be read as a {plan.kind} ({error!r}); choose another run.id") from error
     now = {"the command": plan.command, **plan.fixed, "the swept keys": ", ".join(sorted(plan.runs[0].settings))}
     for key in {**then, **now}:
-        if now.get(key) != then.get(key):
+        if now.get(key) != then.get(key) and not (key == "the swept keys" and plan.kind == "search"):
             a, b = (f"{key}={shown(values[key])}" if key in values else f"no {key}" for values in (now, then))
-            raise UserError(f"{a}: the sweep {plan.id} was started with {b}; set it so, or choose another run.id")
+            raise UserError(f"{a}: the {plan.kind} {plan.id} was started with {b}; set it so, or choose another run.id")
     return runs
 
 
@@ -275,22 +270,22 @@ def _label(settings: dict[str, str]) -> str:
 # The runs
 
 
-def _run_all(plan: Sweep) -> int | None:
+def run_all(plan: Sweep) -> int | None:
     """Run what is not finished; return the signal that stopped the sweep, if one did."""
     valid = [run for run in plan.runs if run.config is not None]
-    _say(f"sweep {plan.id}: {len(valid)} runs in {plan.folder}")
+    say(f"{plan.kind} {plan.id}: {len(valid)} runs in {plan.folder}")
     with StopRequest() as stop:
         for number, run in enumerate(valid, 1):
             head = f"[{number}/{len(valid)}] {_line(run.settings)}"
             if run.state == "finished":
-                _say(f"\n{head}: finished before")
+                say(f"\n{head}: finished before")
                 continue
-            _say(f"\n{head}")
+            say(f"\n{head}")
             code = _run_one(run, stop)
             if stop.signal:
                 break
             if code:
-                _say(f"{head}: failed; {run.note or 'see above'}")
+                say(f"{head}: failed; {run.note or 'see above'}")
     return stop.signal
 
 
@@ -328,7 +323,7 @@ def _run_one(run: SweptRun, stop: StopRequest) -> int:
             run.path.mkdir(parents=True, exist_ok=True)
             (run.path / "error.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
         except OSError as error:
-            _say(f"warning: {run.path / 'error.txt'} could not be written ({error}); the sweep goes on")
+            say(f"warning: {run.path / 'error.txt'} could not be written ({error}); the others are run")
     return code
 
 
@@ -403,28 +398,51 @@ def format_table(plan: Sweep, rows: Sequence[tuple[SweptRun, RunRow | None]]) ->
     return "\n".join("  ".join(map("{:{}{}}".format, line, sides, widths)).rstrip() for line in lines)
 
 
+def conclude(plan: Sweep, arguments: Sequence[str], config_dir: Path | None, stopped_by: int | None) -> int:
+    """Say how to go on with what did not finish, and return the exit code.
+
+    Args:
+        plan: after its runs.
+        arguments: the command that was given.
+        config_dir: a folder of the user's own options.
+        stopped_by: the signal that stopped it, if one did.
+    """
+    again = [*(a for a in arguments if not a.startswith("run.id=")), f"run.id={plan.id}"]
+    again += [f"--config-dir={config_dir}"] if config_dir else []
+    asked = [run for run in plan.runs if run.config is not None]
+    unfinished = sum(run.state != "finished" for run in asked)
+    if not unfinished:
+        return 0
+    if stopped_by:
+        say(f"interrupted; continue with: {shlex.join(again)}")
+        return 128 + stopped_by
+    say(f"{unfinished} of {len(asked)} runs did not finish; the same command tries them again: {shlex.join(again)}")
+    return 1
+
+
 def _report(plan: Sweep) -> None:
     """Print the table and keep it; make one page with the curves of all runs, the best first."""
     from gpt.runs.compare import write_comparison
 
     rows = ranked(plan)
     table = format_table(plan, rows)
-    _say("")
+    say("")
     print(table, flush=True)
     begun = [run.path for run, _ in rows if (run.path / "metrics.jsonl").is_file()]
     try:
         plan.file(".txt").write_text(table + "\n", encoding="utf-8")
-        _say(f"\ntable: {plan.file('.txt')}")
+        say(f"\ntable: {plan.file('.txt')}")
         if begun:
             title = f"{plan.id}: {', '.join(plan.runs[0].settings)}"
-            _say(f"page:  {write_comparison(begun, plan.file('.html'), title)}")
+            say(f"page:  {write_comparison(begun, plan.file('.html'), title)}")
     except (OSError, UserError) as error:  # the runs are there, and `gpt runs` shows them
-        _say(f"warning: the table or the page could not be written ({error})")
+        say(f"warning: the table or the page could not be written ({error})")
 
 
 def _line(settings: dict[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line for people."""
     print(text, file=sys.stderr, flush=True)

@@ -23,9 +23,13 @@ MAY_IMPORT = {
     "gpt.cli": {
         "gpt", "gpt.errors", "gpt.typed", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help",
         "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.data.command",
-        "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command", "gpt.sweep", "gpt.runtime.environment",
+        "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command", "gpt.sweep", "gpt.plan_search", "gpt.runtime.environment",
     },
     "gpt.sweep": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
+    "gpt.plan_search": {
+        "gpt.compose", "gpt.config", "gpt.errors", "gpt.finetuning", "gpt.runs", "gpt.sweep", "gpt.typed",
+        "gpt.training.trainer",  # inside a function: it says what is wrong with a plan
+    },
     "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config", "gpt.typed"},
     "gpt.compose": {
         "gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed",
@@ -55,8 +59,8 @@ MAY_IMPORT = {
     "gpt.runtime": {"gpt.config", "gpt.errors", "gpt.model"},
     "gpt.inspection": {"gpt.commands", "gpt.errors", "gpt.data", "gpt.model", "gpt.inference.loading"},
     "gpt.runs": {
-        "gpt.commands", "gpt.config", "gpt.errors", "gpt.typed",
-        "gpt.training.charts", "gpt.training.metrics", "gpt.training.page", "gpt.training.run_record",
+        "gpt.commands", "gpt.config", "gpt.errors", "gpt.finetuning.search", "gpt.finetuning.trainable", "gpt.typed",
+        "gpt.training.charts", "gpt.training.freezing_figure", "gpt.training.metrics", "gpt.training.page", "gpt.training.run_record",
     },
     "gpt.doctor": {"gpt", "gpt.commands", "gpt.config", "gpt.runtime"},
     "gpt.data": {"gpt.errors", "gpt.typed"},
@@ -76,6 +80,8 @@ LIGHT = (
     "gpt.config",
     "gpt.help",
     "gpt.sweep",
+    "gpt.plan_search",
+    "gpt.finetuning.search",
     "gpt.typed",
     "gpt.errors",
     "gpt.data.config",

@@ -26,7 +26,7 @@ from gpt.compose import compose_run, sweep_values
 from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.runtime.signals import StopRequest
-from gpt.sweep import Sweep, SweptRun, _compose, _join_earlier, _label, _lines, _read, _run_one, combinations, format_table, ranked
+from gpt.sweep import Sweep, SweptRun, _compose, _label, _lines, _read, _run_one, combinations, format_table, join_earlier, ranked
 from gpt.training.metrics import read_metrics
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -192,7 +192,7 @@ def joined(folder: Path, *arguments: str) -> Sweep:
     folder.mkdir(exist_ok=True)
     fixed, swept = _read("pretrain", [f"run.dir={folder}", "run.id=s", *arguments], None)
     plan = _compose("pretrain", fixed, swept, None)
-    _join_earlier(plan)
+    join_earlier(plan)
     return plan
 
 

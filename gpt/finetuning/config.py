@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from gpt.errors import UserError
-from gpt.typed import shown
+from gpt.typed import key_of, shown
 
 
 @dataclass
@@ -16,9 +16,9 @@ class FreezeConfig:
     """Which parameters do not train: all that any of these keys names."""
 
     name: Literal[
-        "none", "embeddings", "first_n", "last_n_only", "head_only", "norms_and_biases", "gradual", "embeddings_first", "custom",
+        "none", "embeddings", "first_n", "last_n_only", "head_only", "norms_and_biases", "gradual", "embeddings_first", "custom", "search",
     ] = "none"  # fmt: skip
-    """What the plan is called; the keys below say what it is."""
+    """What the plan is called; the keys below say what it is. search: finetune tries several plans, and says which to take."""
     embeddings: bool = False
     """The embeddings of tokens and positions."""
     head: Literal["tied", True, False] = False
@@ -37,6 +37,12 @@ class FreezeConfig:
     """Keep on disk what frozen blocks at the bottom make of each row, and run them no more from the second epoch on, where it is exact."""
     cache_gb: float = 20.0
     """Most room on disk that such a cache may take, older ones of other runs included."""
+    cache_dir: str | None = None
+    """Folder of such caches; null: the folder `frozen` of data.cache_dir."""
+    search_plans: list[str] = field(default_factory=list)
+    """search: what is tried, such as [none, 'first_n freeze.first_n_blocks=2', lora.rank=8]; []: a list made for the model."""
+    search_budget: str = "0.25"
+    """search: how long each try trains: a share of train.budget, or a length such as 200steps."""
 
     @property
     def is_empty(self) -> bool:
@@ -115,6 +121,8 @@ def validate_finetuning(
     freeze: FreezeConfig, unfreeze: Sequence[UnfreezeConfig], layerwise_lr_decay: float, distill: DistillConfig, dpo: DPOConfig
 ) -> None:
     """Raises UserError for values that cannot be, whatever the model."""
+    if freeze.name == "search":
+        _validate_search(freeze, unfreeze)
     if freeze.first_n_blocks < 0:
         raise UserError(f"freeze.first_n_blocks={freeze.first_n_blocks} must be at least 0")
     if freeze.only_last_n_blocks is not None and freeze.only_last_n_blocks < 0:
@@ -147,3 +155,12 @@ def validate_finetuning(
         raise UserError(f"dpo.beta={shown(dpo.beta)} must be greater than 0")
     if not 0 <= dpo.label_smoothing < 0.5:
         raise UserError(f"dpo.label_smoothing={shown(dpo.label_smoothing)} must be at least 0 and below 0.5")
+
+
+def _validate_search(freeze: FreezeConfig, unfreeze: Sequence[UnfreezeConfig]) -> None:
+    """What is frozen, and when it begins to train, is for each plan of a search to say."""
+    elsewhere = ("name", "cache", "cache_gb", "cache_dir", "search_plans", "search_budget")
+    own = FreezeConfig()
+    said = [f.name for f in fields(freeze) if f.name not in elsewhere and getattr(freeze, f.name) != getattr(own, f.name)]
+    for key in [f"freeze.{key_of(name)}" for name in said] + (["unfreeze"] if unfreeze else []):
+        raise UserError(f"{key}: with freeze=search each plan says what trains and when; write it into one of freeze.search_plans")

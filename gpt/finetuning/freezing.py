@@ -16,6 +16,7 @@ from torch import nn
 
 from gpt.errors import UserError
 from gpt.finetuning.config import FreezeConfig, UnfreezeConfig, block_numbers
+from gpt.finetuning.trainable import TableRow
 from gpt.model.lora import ADAPTERS
 from gpt.model.transformer import GPT
 from gpt.typed import shown
@@ -82,6 +83,8 @@ def plan_freezing(freeze: FreezeConfig, unfreeze: Sequence[UnfreezeConfig], mode
         UserError: a pattern or a block that names nothing, a tied head frozen through its embedding, a stage that begins nothing, or a
             plan that leaves nothing to train.
     """
+    if freeze.name == "search":
+        raise UserError("freeze.name=search is no plan of one run: gpt finetune freeze=search tries several; choose one for this run")
     config = model.config
     names = tuple(name for name, _ in model.named_parameters())
     tied = config.tie_embeddings
@@ -215,20 +218,6 @@ def set_trainable(model: GPT, names: frozenset[str]) -> None:
     model.frozen_depth = None if embeddings else lowest
 
 
-@dataclass(frozen=True)
-class TableRow:
-    """A module of the table of what trains."""
-
-    module: str
-    parameters: int
-    trains: int
-    """How many of them train, now or later."""
-    lr: float | None
-    """Peak learning rate; of several the highest. None: none trains."""
-    since: float
-    """0: from the beginning; else as `Stage.at`."""
-
-
 def table(plan: Plan, model: nn.Module, peak_lr: Callable[[str], float]) -> list[TableRow]:
     """What trains, module by module: the embeddings, each block, the final norm, the head.
 
@@ -248,38 +237,3 @@ def table(plan: Plan, model: nn.Module, peak_lr: Callable[[str], float]) -> list
             since = stage.at if before.lr is None else min(since, stage.at)
         rows[module] = TableRow(module, before.parameters + p.numel(), before.trains + (p.numel() if stage else 0), lr, since)
     return list(rows.values())
-
-
-def write_table(rows: Sequence[TableRow]) -> str:
-    """The table as text; blocks that are alike are one line."""
-    lines = [("module", "parameters", "trains", "learning rate", "")]
-    for first, last, row in _joined(rows):
-        module = row.module if first == last else f"blocks.{first}-{last}"
-        count = last - first + 1
-        trains = "no" if not row.trains else "yes" if row.trains == row.parameters else f"{count * row.trains:,}"
-        begins = "" if not row.since else f"from step {row.since:g} on" if row.since >= 1 else f"after {row.since:.0%} of the run"
-        lines.append((module, f"{count * row.parameters:,}", trains, "" if row.lr is None else f"{row.lr:.3g}", begins))
-    total, trains = sum(row.parameters for row in rows), sum(row.trains for row in rows if not row.since)
-    when = "at the beginning" if any(row.since for row in rows) else ""
-    lines.append(("in all", f"{total:,}", f"{trains:,} ({trains / total:.1%})", "", when))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    padded = (
-        [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:4], widths[1:], strict=False))] for line in lines
-    )
-    return "\n".join("  ".join([*cells, line[4]]).rstrip() for cells, line in zip(padded, lines, strict=True))
-
-
-def _joined(rows: Sequence[TableRow]) -> list[tuple[int, int, TableRow]]:
-    """Rows, with runs of like blocks as the numbers of the first and the last; (0, 0) for what is no block."""
-    found: list[tuple[int, int, TableRow]] = []
-    for row in rows:
-        number = int(row.module.removeprefix("blocks.")) if row.module.startswith("blocks.") else -1
-        if number > 0 and found[-1][2].module.startswith("blocks.") and _alike(found[-1][2], row):
-            found[-1] = (found[-1][0], number, found[-1][2])
-        else:
-            found.append((max(number, 0), max(number, 0), row))
-    return found
-
-
-def _alike(a: TableRow, b: TableRow) -> bool:
-    return (a.parameters, a.trains, a.lr, a.since) == (b.parameters, b.trains, b.lr, b.since)

@@ -50,13 +50,29 @@ class Shown:
     """In which it differs from the others, if they are few."""
 
 
-def write_comparison(runs: Sequence[Path], page: Path, title: str) -> Path:
+@dataclass(frozen=True)
+class Lead:
+    """What a page says first, where the runs are the tries of a search."""
+
+    says: str
+    """What to do."""
+    command: str
+    """With which command; empty: none."""
+    head: tuple[str, ...]
+    """The names of the columns of a table."""
+    rows: list[tuple[str, ...]]
+    charts: list[tuple[str, str, str]]
+    """Title, SVG and a note."""
+
+
+def write_comparison(runs: Sequence[Path], page: Path, title: str, lead: Lead | None = None) -> Path:
     """Write a page with the curves of runs, a table of them and one of the settings in which they differ.
 
     Args:
         runs: run directories, whole or not, at least one. Only the best `MOST_CURVES` have curves.
         page: the file to write.
         title: of the page.
+        lead: what comes before the runs.
 
     Returns:
         `page`.
@@ -76,6 +92,7 @@ def write_comparison(runs: Sequence[Path], page: Path, title: str) -> Path:
             page,
             Path(__file__).with_name("compare.html.jinja"),
             title=title,
+            lead=lead,
             legend=named[:MOST_CURVES],
             charts=_charts(named[:MOST_CURVES]),
             runs=[(run, _figures(run.row)) for run in named],

@@ -6,6 +6,7 @@ matplotlib is imported when something is drawn: it is heavy, and most imports of
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -87,8 +88,9 @@ def smooth(points: list[Point]) -> list[Point]:
 
 
 def draw_curves(
-    axes: Axes, curves: Sequence[Curve], x: str, y: str, log: bool = False, legend: bool = False, limit: int = POINTS_PER_CURVE
-) -> None:
+    axes: Axes, curves: Sequence[Curve], x: str, y: str, log: bool = False, legend: bool = False, limit: int = POINTS_PER_CURVE,
+    marks: Sequence[float] = (),
+) -> None:  # fmt: skip
     """Draw curves over one x axis.
 
     Args:
@@ -98,6 +100,7 @@ def draw_curves(
         log: a logarithmic y axis, if all values have logarithms.
         legend: whether there is one.
         limit: most points drawn of each curve.
+        marks: places on the x axis that get a dashed line.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -107,6 +110,8 @@ def draw_curves(
             *zip(*thin(curve.points, limit), strict=True), color=curve.colour, linewidth=curve.width, linestyle=curve.dash,
             alpha=curve.opacity if curve.opacity < 1 else None, marker=marker, markersize=3.5, clip_on=False, label=curve.label or None,
         )  # fmt: skip
+    for place in marks:
+        axes.axvline(place, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2.5)), zorder=0)
     if legend:
         axes.legend(frameon=False, labelcolor=TEXT)
     heights = [height for curve in curves for _, height in curve.points]
@@ -144,6 +149,65 @@ def draw_areas(axes: Axes, steps: list[float], heights: dict[str, list[float]], 
     )  # fmt: skip
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     _finish(axes, x, y, log=False)
+
+
+def draw_scatter(axes: Axes, points: Sequence[tuple[float, float, str]], front: Sequence[int], x: str, y: str, shaded: float) -> None:
+    """Draw points with their names beside them, and a line through some.
+
+    Args:
+        axes: where; an empty one.
+        points: (x, y, name) of each, at least one.
+        front: the numbers of those on the line, from left to right.
+        x, y: what the axes are called.
+        shaded: up to here the y axis is shaded, from the lowest point on.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    lowest, highest = min(y for _, y, _ in points), max(y for _, y, _ in points)
+    left, right = min(x for x, _, _ in points), max(x for x, _, _ in points)
+    start = 0.0 if left < right / 2 else max(0.0, left - 0.5 * (right - left))  # a chart whose left half is empty hides what there is
+    span, width = (highest - lowest) or abs(lowest) or 1.0, (right - start) or 1.0
+    axes.axhspan(lowest, shaded, color=GRID, linewidth=0, zorder=0)
+    axes.plot([points[n][0] for n in front], [points[n][1] for n in front], color=ACCENT, linewidth=1.3)
+    for number, (across, up, _) in enumerate(points):
+        axes.plot([across], [up], "o", markersize=5.5, color=ACCENT if number in front else MUTED)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    _finish(axes, x, y, log=False)
+    axes.set(xlim=(start, start + 1.12 * width), ylim=(lowest - 0.2 * span, highest + 0.14 * span))
+    for (across, up, name), (dx, dy, side) in zip(points, _beside(axes, points, front), strict=True):
+        apart = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if abs(dy) > 12 else None
+        look = {"ha": side, "va": "center", "color": TEXT, "fontsize": 9, "arrowprops": apart}
+        axes.annotate(name, (across, up), (dx, dy), textcoords="offset points", **look)
+
+
+_PLACES = ((8, 0), (-8, 0), (0, 12), (0, -12), (7, 10), (-7, 10), (7, -10), (-7, -10), (8, 21), (-8, 21), (8, -21), (-8, -21), (8, 32))
+_LETTER, _HALF_LINE = 5.8, 6  # typographic points, on a small screen
+
+
+def _beside(axes: Axes, points: Sequence[tuple[float, float, str]], front: Sequence[int]) -> list[tuple[float, float, Any]]:
+    """Where the name of each point goes, as an offset in typographic points and a side, so that it covers no point, name or line."""
+    scale = 72 / axes.figure.dpi
+    places = [tuple(scale * float(value) for value in axes.transData.transform(point[:2])) for point in points]
+    room = axes.get_window_extent()
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    steps = [(places[a], places[b], n / 24) for a, b in itertools.pairwise(front) for n in range(25)]
+    taken += [
+        (x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in (((1 - s) * a[0] + s * b[0], (1 - s) * a[1] + s * b[1]) for a, b, s in steps)
+    ]
+    chosen: list[tuple[float, float, Any]] = []
+    for (x, y), (_, _, name) in zip(places, points, strict=True):
+        width, found = _LETTER * len(name), []
+        for number, (dx, dy) in enumerate(_PLACES):
+            left = x + dx if dx > 0 else x + dx - width if dx else x - width / 2
+            box = (left, y + dy - _HALF_LINE, left + width, y + dy + _HALF_LINE)
+            outside = max(0.0, box[2] - scale * room.x1 - 8) + max(0.0, scale * room.x0 - box[0]) + max(0.0, scale * room.y0 - box[1])
+            hidden = sum(max(0.0, min(box[2], b[2]) - max(box[0], b[0])) * max(0.0, min(box[3], b[3]) - max(box[1], b[1])) for b in taken)
+            found.append((hidden + 100 * outside, number, box))
+        _, number, box = min(found)
+        dx, dy = _PLACES[number]
+        chosen.append((dx, dy, "left" if dx > 0 else "right" if dx else "center"))
+        taken.append(box)
+    return chosen
 
 
 def draw_bars(axes: Axes, sizes: dict[str, float], x: str) -> None:

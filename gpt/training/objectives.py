@@ -77,7 +77,7 @@ def givers_for(
     assert isinstance(inner, NextTokenLoss)
     if not config.freeze.is_empty or config.lora.rank:
         rows = PrefixData(data.rows, config.sequence_length, [data.fingerprint, config.data.packing], epochs)
-        folder = Path(config.data.cache_dir).expanduser() / "frozen"
+        folder = Path(config.freeze.cache_dir or Path(config.data.cache_dir, "frozen")).expanduser()
         givers.prefix = open_prefix_cache(
             config.freeze.cache, config.freeze.cache_gb, folder, inner, rows, state.frozen, device, world, say
         )

@@ -37,6 +37,7 @@ from gpt.training.charts import (
     svg,
     time_unit,
 )
+from gpt.training.freezing_figure import freezing_section, stage_steps
 from gpt.training.metrics import read_metrics
 from gpt.training.page import write_page
 from gpt.training.progress import say as say_aloud
@@ -254,6 +255,7 @@ def _write(
         skipped=f"{count(summary.skipped_steps, 'step')} skipped" if summary.skipped_steps else "",
         cards=_cards(summary),
         charts=[*charts, *_charts(lines, summary)],
+        trains=freezing_section(directory),
         samples=samples,
         config=_read_text(directory / "config.yaml").rstrip(),
         environment=_read_environment(directory / "environment.json"),
@@ -362,19 +364,30 @@ def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
         kept = (line for line in lines if is_finite(line.get(x)) and is_finite(line.get(y)))
         return [(line[x] / scales[x], line[y] / scales.get(y, 1)) for line in kept]
 
-    def add(title: str, curves: list[Curve], x: str, y: str, log: bool = False, legend: bool = False, note: str = "") -> None:
+    def add(
+        title: str,
+        curves: list[Curve],
+        x: str,
+        y: str,
+        log: bool = False,
+        legend: bool = False,
+        note: str = "",
+        marks: Sequence[float] = (),
+    ) -> None:
         if curves:
-            result.append(Chart(title, svg(title, lambda axes: draw_curves(axes, curves, x, y, log, legend)), note))
+            result.append(Chart(title, svg(title, lambda axes: draw_curves(axes, curves, x, y, log, legend, marks=marks)), note))
 
-    def add_loss(title: str, key: str, x: str) -> None:
+    def add_loss(title: str, key: str, x: str, marks: Sequence[float] = ()) -> None:
         training, checks = points(key, "loss"), points(key, "val_loss")
         validation = [Curve(checks, "validation", SECOND, width=1.4, dots=40)] if checks else []
-        add(title, noisy(training, "training") + validation, x, f"loss, nats per {summary.unit}", log=True, legend=bool(checks))
+        note = f"Dashed: after step {', '.join(f'{step:,}' for step in marks)} more parameters train." if marks else ""
+        unit = f"loss, nats per {summary.unit}"
+        add(title, noisy(training, "training") + validation, x, unit, True, bool(checks), note, marks)
 
     scores = [(title, points("step", f"val_{name}")) for name, title in SCORES.items()]
     curves = [Curve(found, title, colour, dots=40) for (title, found), colour in zip(scores, SERIES, strict=False) if found]
     add("Held-out accuracy and F1", curves, "step", "share", legend=True)
-    add_loss("Loss by step", "step", "step")
+    add_loss("Loss by step", "step", "step", stage_steps(lines))
     named = {"this model": summary.val_bpb, "xz -9e": summary.xz_bpb, "gzip -9": summary.gzip_bpb}
     known = {name: size for name, size in named.items() if is_finite(size)}
     if "this model" in known and len(known) > 1:

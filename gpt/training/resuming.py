@@ -24,7 +24,9 @@ _MUST_STAY = (
     "unfreeze", "layerwise_lr_decay", "adapt_tokenizer",
 )  # fmt: skip
 # Of the plan of what trains, what changes nothing in it.
-_OF_THE_MACHINE = ("freeze.name", "freeze.cache", "freeze.cache_gb", "distill.cache")
+_OF_THE_MACHINE = (
+    "freeze.name", "freeze.cache", "freeze.cache_gb", "freeze.cache_dir", "freeze.search_plans", "freeze.search_budget", "distill.cache",
+)  # fmt: skip
 _SECTIONS = ("model", "tokenizer", "freeze", "lora", "distill", "dpo")
 
 

@@ -21,11 +21,9 @@ from filelock import FileLock, Timeout
 from gpt.config import RunConfig
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
-from gpt.finetuning.freezing import TableRow
+from gpt.finetuning.trainable import TableRow
 from gpt.runtime.device import Device
-
-TRAINABLE = "trainable.json"
-"""Which parameters train, module by module, in a run that freezes some."""
+from gpt.training.freezing_figure import TRAINABLE
 
 
 def new_run_id(command: str) -> str:

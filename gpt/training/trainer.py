@@ -30,7 +30,8 @@ from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
 from gpt.evaluation.classification import observing
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
-from gpt.finetuning.freezing import plan_freezing, write_table
+from gpt.finetuning.freezing import plan_freezing
+from gpt.finetuning.trainable import write_table
 from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.allocator import no_garbage_collection
@@ -381,6 +382,7 @@ class Trainer:
             "memory_bytes": self.device.memory_bytes(),
             "graphs": self.graphs.count if self.compiled else None,
             "seconds": state.seconds,
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "skipped_steps": state.skipped_steps,
             "spikes": state.spikes,
             "rewinds": state.rewinds,

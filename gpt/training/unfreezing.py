@@ -9,7 +9,8 @@ from torch import nn
 
 from gpt.config import RunConfig
 from gpt.errors import UserError
-from gpt.finetuning.freezing import Plan, TableRow, plan_freezing, set_trainable, table
+from gpt.finetuning.freezing import Plan, plan_freezing, set_trainable, table
+from gpt.finetuning.trainable import TableRow
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import FixedGraphs, kinds_of_graphs
 from gpt.runtime.device import Device

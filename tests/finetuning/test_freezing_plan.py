@@ -5,7 +5,8 @@ import torch
 
 from gpt.errors import UserError
 from gpt.finetuning.config import FreezeConfig, UnfreezeConfig, block_numbers
-from gpt.finetuning.freezing import plan_freezing, set_trainable, table, write_table
+from gpt.finetuning.freezing import plan_freezing, set_trainable, table
+from gpt.finetuning.trainable import write_table
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.objective import NextTokenLoss
