@@ -206,9 +206,9 @@ def count(case: Case) -> dict[str, float]:
     step._zero_grad()
     whole_update = step._update
 
-    def update_alone(nll: Tensor, targets: int, measure: bool) -> None:
+    def update_alone(nll: Tensor, units: int, targets: int, measure: bool) -> None:
         found["peak of the passes"], counting.peak = counting.peak, 0
-        whole_update(nll, targets, measure)
+        whole_update(nll, units, targets, measure)
 
     step._update = update_alone
     with _Counting(kept) as counting:

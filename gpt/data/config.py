@@ -49,6 +49,10 @@ class FieldNames:
     """What is given."""
     completion: str = "completion"
     """What is to be learned after the prompt."""
+    chosen: str = "chosen"
+    """The better of two completions."""
+    rejected: str = "rejected"
+    """The worse one."""
     messages: str = "messages"
     """A conversation: a list of {role, content}."""
     label: str = "label"
@@ -113,7 +117,7 @@ class DataConfig(SourceConfig):
     redact: list[str] = field(default_factory=list)
     """Secrets and personal data to replace by their names, counted: [email, ip, phone, credit_card, iban, aws_key, github_token,
     api_key, private_key, jwt, password]."""
-    format: Literal["auto", "text", "prompt_completion", "messages", "text_label", "tokens_tags"] = "auto"
+    format: Literal["auto", "text", "prompt_completion", "messages", "text_label", "tokens_tags", "preference"] = "auto"
     """Of fine-tuning rows; auto recognises it by their fields."""
     labels: list[str] = field(default_factory=list)
     """text_label, tokens_tags: the classes in order; empty: all that occur, sorted."""

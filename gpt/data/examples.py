@@ -1,4 +1,4 @@
-"""Examples for fine-tuning: rows of five formats become ids, and beside each id what is to be learned at it.
+"""Examples for fine-tuning: rows of six formats become ids, and beside each id what is to be learned at it.
 
 Every example is written out and encoded once, and what is learned is found by the characters that each token holds: parts encoded by
 themselves and joined would be other tokens than the model will see. What is too long is cut or dropped here, and counted.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,12 +27,15 @@ __all__ = ["ExampleEncoder", "ExampleSettings", "collect_classes", "recognise_fo
 
 _LOSS_ON = {"prompt_completion": ("completion", "all"), "messages": ("assistant", "all"), "text": ("all",)}  # the first is what auto means
 
+_COMPLETIONS = ("chosen", "rejected")
+_LEAST_PROMPT = 4  # of a pair that is too long, this part of a row is left to the prompt before completions are cut
+
 
 @dataclass(frozen=True)
 class ExampleSettings:
     """How rows become examples."""
 
-    format: Literal["auto", "text", "prompt_completion", "messages", "text_label", "tokens_tags"] = "auto"
+    format: Literal["auto", "text", "prompt_completion", "messages", "text_label", "tokens_tags", "preference"] = "auto"
     """Of the rows; auto: as their fields show."""
     loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
     """What is learned; auto: the completion, the assistant's turns, or of plain text everything."""
@@ -49,13 +53,15 @@ class ExampleEncoder:
     An example is at most `context_length` tokens and takes as many places. Language modelling: `labels[i] = ids[i]` where the token is
     learned, IGNORE_LABEL elsewhere and at the first token, before which nothing stands that it could be told from. So the target of place i
     is `labels[i + 1]`, also over the border of two examples in a row, and that of an example's last place is IGNORE_LABEL. text_label: the
-    number of the class on the last token. tokens_tags: that of each word on the word's first piece.
+    number of the class on the last token. tokens_tags: that of each word on the word's first piece. preference: two examples, the prompt
+    with the chosen completion and with the rejected one, of which the completions are learned; both are there or neither is.
 
     What the tokenizer itself puts before a text (Llama's <|begin_of_text|>) stands before every example but conversations, whose template
     writes it. A completion and a text end with the end-of-text token, which is learned with them.
 
     Counted in `Encoded.counts`: truncated, split, dropped_too_long, dropped_no_target (an empty completion or text, no assistant that says
-    anything, or nothing to learn left). A dropped row has no ids. Pieces of a split text have one `held_out_key`.
+    anything, or nothing to learn left), dropped_no_difference (of two completions). A dropped row has no ids. Pieces of a split text, and
+    pairs, have one `held_out_key`.
 
     Args:
         tokenizer_directory: with tokenizer.json, as `load_tokenizer` takes it.
@@ -106,6 +112,8 @@ class ExampleEncoder:
                 messages = check_messages(row.values["messages"], f"{row.place}: messages")
                 told = self._learn_all or answers(messages)
                 return self._language(row, self._chat.conversation(messages, row.place, self._learn_all) if told else None)
+            case "preference":
+                return self._preference(row)
             case _:
                 return self._prompt_completion(row)
 
@@ -125,13 +133,8 @@ class ExampleEncoder:
         """The example of a text for language modelling; `ends`: the end-of-text token follows, and what comes before a text precedes."""
         if rendered is None:
             return [_dropped(row, "dropped_no_target")]
-        ids, offsets = self._tokenizer.encode_with_offsets(rendered.text, rendered.control)
-        learned = _learned_tokens(offsets, rendered.learned, len(rendered.text))
         before = self._before if ends else []
-        if ends and self._end is not None:
-            ids, learned = [*ids, self._end], np.append(learned, True)
-        if not before:
-            learned[:1] = False
+        ids, learned = self._tokens(rendered, ends)
         room = max(0, self.settings.context_length - len(before))
         if len(ids) <= room:
             windows, count = [(0, len(ids))], ""
@@ -150,6 +153,64 @@ class ExampleEncoder:
                 counts = {count: 1} if count and not examples else {}
                 examples.append(self._encoded(row, [*before, *ids[start:end]], labels, counts))
         return examples or [_dropped(row, "dropped_no_target")]
+
+    def _tokens(self, rendered: Rendered, ends: bool) -> tuple[list[int], np.ndarray]:
+        """The ids of a text, and which of them are learned, without what comes before it; `ends`: as for `_language`."""
+        ids, offsets = self._tokenizer.encode_with_offsets(rendered.text, rendered.control)
+        learned = _learned_tokens(offsets, rendered.learned, len(rendered.text))
+        if ends and self._end is not None:
+            ids, learned = [*ids, self._end], np.append(learned, True)
+        if not (ends and self._before):
+            learned[:1] = False
+        return ids, learned
+
+    def _preference(self, row: Row) -> list[Encoded]:
+        prompt, chosen, rejected = (row.values.get(name) for name in ("prompt", *_COMPLETIONS))
+        if isinstance(chosen, list) and isinstance(rejected, list):
+            told = [check_messages(row.values[name], f"{row.place}: {name}") for name in _COMPLETIONS]
+            if isinstance(prompt, list):
+                before = check_messages(prompt, f"{row.place}: prompt")
+            else:  # the messages that both begin with are the prompt, as in TRL; a text beside them is one of these once more
+                before = [message for message, other in takewhile(lambda pair: pair[0] == pair[1], zip(*told, strict=False))]
+                told = [messages[len(before) :] for messages in told]
+            if not before:
+                raise UserError(f"{row.place}: chosen and rejected begin with different messages; they must answer the same prompt")
+            if not all(map(answers, told)):
+                return [_dropped(row, "dropped_no_difference" if told[0] == told[1] else "dropped_no_target")]
+            return self._pair(row, [self._chat.completion(before, messages, row.place) for messages in told], ends=False)
+        texts = [self._text(row, name) for name in _COMPLETIONS]
+        if prompt is None:  # what both begin with, up to a blank, as in TRL
+            same = list(takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+            before = texts[0][: len(same)].removesuffix(" ")
+            texts = [text[len(before) :] for text in texts]
+        else:
+            before = self._text(row, "prompt")
+        if not any(text.strip() for text in texts):
+            return [_dropped(row, "dropped_no_target")]
+        return self._pair(row, [Rendered(before + text, [(len(before), len(before + text))], []) for text in texts], ends=True)
+
+    def _pair(self, row: Row, pair: list[Rendered], ends: bool) -> list[Encoded]:
+        """The examples of the chosen and the rejected completion; of both the prompt loses the same beginning if one is too long."""
+        before, counts = self._before if ends else [], {}
+        made = [self._tokens(rendered, ends) for rendered in pair]
+        room, longest = max(0, self.settings.context_length - len(before)), max(len(ids) for ids, _ in made)
+        if longest > room:
+            if self.settings.too_long == "drop":
+                return [_dropped(row, "dropped_too_long")]
+            prompt = min(int(np.argmax(learned)) if learned.any() else len(learned) for _, learned in made)
+            cut = max(0, min(longest - room, prompt - max(1, room // _LEAST_PROMPT)))
+            made = [(ids[cut : cut + room], learned[cut : cut + room]) for ids, learned in made]
+            counts = {"truncated": 1}
+        if made[0][0] == made[1][0]:
+            return [_dropped(row, "dropped_no_difference")]
+        examples = []
+        for ids, learned in made:
+            labels = np.concatenate([np.full(len(before), IGNORE_LABEL), np.where(learned, ids, IGNORE_LABEL)]).astype(np.int32)
+            labels[:1] = IGNORE_LABEL
+            if not (labels != IGNORE_LABEL).any():
+                return [_dropped(row, "dropped_no_target")]
+            examples.append(self._encoded(row, [*before, *ids], labels, counts if not examples else {}))
+        return examples
 
     def _labelled_text(self, row: Row) -> list[Encoded]:
         label = self._classes.number(row.values["label"], f"{row.place}: label")
@@ -195,7 +256,10 @@ class ExampleEncoder:
     def _text(self, row: Row, name: str) -> str:
         value = row.values[name]
         if not isinstance(value, str):
-            both = " (or a list of messages, as its prompt or completion then is too)" if name in ("prompt", "completion") else ""
+            both = ""
+            if name in ("prompt", "completion", *_COMPLETIONS):
+                other = "prompt or completion" if "completion" in row.values else "counterpart"
+                both = f" (or a list of messages, as its {other} then is too)"
             raise UserError(f"{row.place}: {name} must be text{both}, not {brief(value)}")
         return value
 

@@ -19,6 +19,7 @@ FORMATS = {
     "messages": ("messages",),
     "text_label": ("text", "label"),
     "tokens_tags": ("tokens", "tags"),
+    "preference": ("chosen", "rejected"),
     "text": ("text",),
 }
 """What the rows of each format must have."""

@@ -133,20 +133,35 @@ class ExampleRows:
         seed: of the order.
         shifted: whether a token's target is the label of the next one (language modelling) or its own (classes).
         packed: several examples a row, or one.
+        paired: examples 2i and 2i + 1 belong together: rows 2k hold the first of some pairs, rows 2k + 1 the second of the same, as
+            documents of the same numbers. The order keeps such rows side by side.
 
     Raises:
         UserError: an example is longer than T.
     """
 
-    def __init__(self, split: Split, context_length: int, seed: tuple[int, ...] = (0,), shifted: bool = True, packed: bool = True) -> None:
+    def __init__(
+        self,
+        split: Split,
+        context_length: int,
+        seed: tuple[int, ...] = (0,),
+        shifted: bool = True,
+        packed: bool = True,
+        paired: bool = False,
+    ) -> None:
         assert split.labels is not None
         self.tokens, self.labels = split.tokens, split.labels
         self.context_length, self.seed, self.shifted = context_length, seed, shifted
+        self.together = 2 if paired else 1
         borders = np.asarray(split.documents).astype(np.int64)
         self.example_starts, self.lengths = borders[:-1], np.diff(borders)
         if (longest := int(self.lengths.max(initial=0))) > context_length:
             raise UserError(f"data: an example has {longest} tokens, more than model.context_length={context_length}; set it higher")
-        packs = best_fit(self.lengths, context_length) if packed else list(np.arange(len(self.lengths))[:, None])
+        widths = self.lengths.reshape(-1, self.together).max(1)  # of a pair, the longer one's
+        packs = best_fit(widths, context_length) if packed else list(np.arange(len(widths))[:, None])
+        if paired:
+            packs = [2 * pack + second for pack in packs for second in (0, 1)]
+        self.most_in_a_row = max(map(len, packs), default=0)
         self.windows = len(packs)
         self.enough = bool(packs)
         self._members = np.concatenate(packs) if packs else np.empty(0, dtype=np.int64)  # the packs' examples, one pack after another
@@ -163,7 +178,12 @@ class ExampleRows:
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         first, *rest = self.seed
-        return np.random.default_rng((first, epoch, *rest)).permutation(self.windows)
+        order = np.random.default_rng((first, epoch, *rest)).permutation(self.windows // self.together)
+        return self._each_of(order)
+
+    def _each_of(self, groups: np.ndarray) -> np.ndarray:
+        """The rows of groups that stay together."""
+        return (groups[:, None] * self.together + np.arange(self.together)).flatten()
 
     def rows(self, samples: np.ndarray) -> Batch:
         """The packs of these sample numbers."""
@@ -171,8 +191,9 @@ class ExampleRows:
 
     def held_out(self, limit: int | None) -> np.ndarray:
         """Numbers of packs, evenly thinned to at most `limit` places."""
-        keep = self.windows if limit is None else max(1, min(self.windows, limit // self.context_length))
-        return np.linspace(0, self.windows - 1, keep).round().astype(np.int64)
+        groups = self.windows // self.together
+        keep = groups if limit is None else max(1, min(groups, limit // (self.context_length * self.together)))
+        return self._each_of(np.linspace(0, groups - 1, keep).round().astype(np.int64))
 
     def make(self, packs: np.ndarray) -> Batch:
         """The packs of these numbers."""
@@ -238,7 +259,7 @@ def build_batches(corpus: Corpus, data: DataConfig, context_length: int, sequenc
         seed: of the order.
 
     Raises:
-        UserError: a part is too small for a row, or text is mixed with examples.
+        UserError: a part is too small for a row, text is mixed with examples, or a pair would be torn apart.
     """
     parts: list[TextWindows | ExampleRows] = []
     for number, part in enumerate(corpus.parts):
@@ -247,7 +268,12 @@ def build_batches(corpus: Corpus, data: DataConfig, context_length: int, sequenc
         if not parts[-1].enough:
             raise UserError(_too_little(f"the training part of {part.name}", parts[-1]))
     weights = [part.weight for part in corpus.parts]
-    return RowBatches(parts[0] if len(parts) == 1 else Mixture(parts, weights, seed), sequences)
+    together = 2 if corpus.kind == "preference" else 1
+    if sequences % together:
+        raise UserError(
+            f"train.batch_tokens: a batch of {sequences} rows is no whole pairs, which rows of preference come in; take an even number"
+        )
+    return RowBatches(parts[0] if len(parts) == 1 else Mixture(parts, weights, seed, together), sequences)
 
 
 def held_out_batches(corpus: Corpus, data: DataConfig, context_length: int, batch: int, limit: int | None) -> Iterator[Batch]:
@@ -278,6 +304,13 @@ def count_held_out(corpus: Corpus, data: DataConfig, context_length: int) -> int
     return sum(part.windows for part in _held_out_parts(corpus, data, context_length))
 
 
+def examples_in_a_row(corpus: Corpus, data: DataConfig, context_length: int) -> int:
+    """The most examples that one row holds, to train on or held out."""
+    splits = [split for part in corpus.parts for split in (part.train, part.held_out)]
+    found = (_rows(corpus, split, data, context_length, (0,)) for split in splits)
+    return max(rows.most_in_a_row for rows in found if isinstance(rows, ExampleRows))
+
+
 def _held_out_parts(corpus: Corpus, data: DataConfig, context_length: int) -> list[TextWindows | ExampleRows]:
     parts = [_rows(corpus, part.held_out, data, context_length, (0,)) for part in corpus.parts]
     return [part for part in parts if part.enough] or parts[:1]
@@ -299,7 +332,8 @@ def _rows(corpus: Corpus, split: Split, data: DataConfig, context_length: int, s
         )
     if split.labels is None:
         return TextWindows(split, context_length, seed, data.document_mask)
-    return ExampleRows(split, context_length, seed, corpus.kind == "language_model", data.packing == "best_fit")
+    shifted, paired = corpus.kind in ("language_model", "preference"), corpus.kind == "preference"
+    return ExampleRows(split, context_length, seed, shifted, data.packing == "best_fit", paired)
 
 
 def _too_little(what: str, rows: TextWindows | ExampleRows) -> str:

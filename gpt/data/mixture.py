@@ -74,10 +74,11 @@ class Mixture:
         parts: all with documents or all without.
         weights: how often rows come from each.
         seed: of the order.
+        together: so many rows, one after another, that always come from one part: 2 for pairs.
     """
 
-    def __init__(self, parts: Sequence[Rows], weights: Sequence[float], seed: int) -> None:
-        self._parts, self._shares = parts, Shares(weights, seed)
+    def __init__(self, parts: Sequence[Rows], weights: Sequence[float], seed: int, together: int = 1) -> None:
+        self._parts, self._shares, self._together = parts, Shares(weights, seed), together
         self.windows = sum(part.windows for part in parts)  # an epoch: as many rows as the parts have together
         self._before = np.cumsum([0, *(part.windows for part in parts)])  # rows of all parts before each one
 
@@ -89,7 +90,8 @@ class Mixture:
 
     def rows(self, samples: np.ndarray) -> Batch:
         """The rows of these sample numbers."""
-        parts, numbers = self._shares.locate(samples)
+        parts, numbers = self._shares.locate(samples // self._together)
+        numbers = numbers * self._together + samples % self._together
         by_part = np.argsort(parts, kind="stable")
         made = [self._numbered(part, numbers[parts == part]) for part in np.unique(parts)]
         return reorder(join(made), np.argsort(by_part))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _BPE_CHARACTERS = 8_000_000
 _TRAINING_PIECE = 1 << 18  # characters; `tokenizers` takes a hundred bytes for each of a text that it learns from
 _FORMAT_ROWS = 100  # whose fields tell the format
-KINDS = {"text_label": "text_label", "tokens_tags": "tokens_tags"}
+KINDS = {name: name for name in ("text_label", "tokens_tags", "preference")}
 """Of corpora by the format of their examples; all others are language_model."""
 
 

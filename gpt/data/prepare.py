@@ -52,9 +52,10 @@ _OF_THE_BUILD = ("progress.json", "seen.sqlite", "seen.sqlite-journal")
 _CUT = {
     "truncated": "were cut to fit the context", "split": "were cut into several", "dropped_too_long": "were longer and left out",
     "dropped_no_target": "had nothing to learn and were left out",
+    "dropped_no_difference": "had the same completion twice and were left out",
 }  # fmt: skip
 
-Kind = Literal["text", "language_model", "text_label", "tokens_tags"]
+Kind = Literal["text", "language_model", "text_label", "tokens_tags", "preference"]
 
 
 @dataclass

@@ -41,7 +41,7 @@ class Index:
     source: str = ""
     """The source's fingerprint."""
     kind: str = "text"
-    """text (for pretraining), or of examples: language_model, text_label, tokens_tags."""
+    """text (for pretraining), or of examples: language_model, text_label, tokens_tags, preference."""
     classes: list[str] = field(default_factory=list)
     """text_label, tokens_tags: what the labels stand for."""
     labelled: bool = False

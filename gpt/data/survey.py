@@ -65,7 +65,7 @@ def text_of(row: Row) -> str:
     if text is not None:
         raise UserError(f"{row.place}: text must be text, not {brief(text)}; mend it, or leave it out with data.on_error=skip")
     have = f"it has {', '.join(row.values)}" if row.values else "none of data.fields is there"
-    if {"completion", "messages"} & row.values.keys():
+    if {"completion", "messages", "chosen"} & row.values.keys():
         raise UserError(f"{row.place}: an example ({have}), no plain text; use gpt finetune, or examples=true with gpt evaluate")
     raise UserError(f"{row.place}: no text to train on ({have}); name the field that holds it, e.g. data.fields.text=body")
 

@@ -107,6 +107,12 @@ def _format(source: Source, data: DataConfig, model: GPTConfig) -> str:
             f"data: its rows are of the format {kind}, which needs a classification head, and this model continues text; "
             "train one on such rows with gpt finetune, or look at them with gpt inspect"
         )
+    if kind == "preference":
+        raise UserError(
+            "data: its rows are of the format preference: how a model tells completions apart is measured against the one that it began "
+            "as, which gpt finetune does at every validation (val_reward_accuracy); to score the chosen ones alone, give "
+            "data.format=prompt_completion data.fields.completion=chosen"
+        )
     return kind
 
 

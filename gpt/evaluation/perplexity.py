@@ -8,8 +8,8 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -38,11 +38,15 @@ class HeldOutLoss:
     """Of the text that the tokens stand for."""
     scores: ClassScores | None = None
     """Of a classifier, whose targets are classes: how often it is right."""
+    pairs: int = 0
+    """Of preference, whose losses were summed instead of the tokens'; 0: nats of tokens."""
+    more: Mapping[str, float] = field(default_factory=dict)
+    """Other figures of pairs, by name."""
 
     @property
     def loss(self) -> float:
-        """Nats per token; its exponential is the token perplexity."""
-        return self.nll / self.tokens
+        """Nats per token, whose exponential is the token perplexity; or the loss per pair."""
+        return self.nll / (self.pairs or self.tokens)
 
     @property
     def perplexity(self) -> float:
@@ -51,9 +55,10 @@ class HeldOutLoss:
 
     def figures(self) -> dict[str, float]:
         """Those of a validation, as they stand in metrics.jsonl."""
-        if self.scores is None:
+        if self.scores is None and not self.pairs:
             return {"val_loss": self.loss, "val_bpb": self.bits_per_byte}
-        return {"val_loss": self.loss, **{f"val_{name}": value for name, value in self.scores.figures().items()}}
+        more = self.scores.figures() if self.scores is not None else self.more
+        return {"val_loss": self.loss, **{f"val_{name}": value for name, value in more.items()}}
 
     @property
     def bits_per_byte(self) -> float:

@@ -93,6 +93,8 @@ class DPOConfig:
     """How strongly the model is held to where it started: larger holds more."""
     label_smoothing: float = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round (conservative DPO); below 0.5."""
+    cache: Literal["auto", "off"] = "auto"
+    """Keep on disk what the first weights find of each completion, two numbers a pair: a run that is resumed asks them no more."""
 
 
 def block_numbers(key: str, text: str, n_layer: int) -> list[int]:

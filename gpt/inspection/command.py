@@ -48,9 +48,10 @@ def inspect(config: InspectConfig) -> int:
         data = config.data
         settings = ExampleSettings(data.format, config.loss_on, data.too_long, config.context_length, data.labels)
     corpus = prepare_corpus(config.data, tokenizer, config.context_length, _say, settings)
-    batches = build_batches(corpus, config.data, config.context_length, config.n, config.seed)
+    n = config.n + config.n % 2 if corpus.kind == "preference" else config.n  # a pair is two rows
+    batches = build_batches(corpus, config.data, config.context_length, n, config.seed)
     names_classes = bool(corpus.classes)
-    rows = read_rows(batches.batch(config.step), corpus.tokenizer, corpus.classes if names_classes else None, config.n)
+    rows = read_rows(batches.batch(config.step), corpus.tokenizer, corpus.classes if names_classes else None, n)
     print_rows(rows, _console(), _noun(corpus), names_classes)
     if output is not None:
         found = corpus_figures(corpus, config.context_length, config.data.packing == "best_fit")
@@ -116,6 +117,7 @@ _KINDS = {
     "language_model": "examples to continue",
     "text_label": "texts with a class each",
     "tokens_tags": "words with a class each",
+    "preference": "pairs of completions, the better first",
 }
 
 

@@ -114,7 +114,7 @@ def corpus_figures(corpus: Corpus, context_length: int, packed: bool) -> Figures
         tokens=tokens,
         bytes_per_token=float(ids @ corpus.tokenizer.byte_lengths()) / max(1, counted),
         learned=learned / max(1, counted),
-        packing=None if corpus.kind == "text" else _packing(lengths, context_length, packed),
+        packing=None if corpus.kind == "text" else _packing(lengths, context_length, packed, 2 if corpus.kind == "preference" else 1),
         classes=named,
         frequent=_frequent(corpus, ids, counted),
         counted=counted,
@@ -137,12 +137,15 @@ def _window(array: TokenArray, start: int, length: int) -> np.ndarray:
     return array.windows(np.array([start]), length)[0]
 
 
-def _packing(lengths: np.ndarray, context_length: int, packed: bool) -> Packing:
+def _packing(lengths: np.ndarray, context_length: int, packed: bool, together: int) -> Packing:
+    """`together`: so many examples, one after another, lie at the same place of as many rows."""
     from gpt.data.packing import best_fit, efficiency
 
     fitting = np.minimum(lengths[lengths > 0], context_length)
-    packs = best_fit(fitting, context_length) if packed else [np.array([i]) for i in range(len(fitting))]
-    return Packing(efficiency(fitting, packs, context_length), len(packs), len(fitting) / max(1, len(packs)))
+    widths = fitting.reshape(-1, together).max(1)
+    packs = best_fit(widths, context_length) if packed else [np.array([i]) for i in range(len(widths))]
+    rows = [together * pack + second for pack in packs for second in range(together)]
+    return Packing(efficiency(fitting, rows, context_length), len(rows), len(fitting) / max(1, len(rows)))
 
 
 def _frequent(corpus: Corpus, counts: np.ndarray, counted: int) -> list[FrequentToken]:

@@ -58,6 +58,11 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
+def _each_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """As `_nll`, each by itself: (C,) fp32, 0 where a target does not count."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
+
+
 def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """As `_nll`, and its gradient with respect to the logits, (C, P) in their dtype."""
     wide = logits.float()
@@ -139,6 +144,56 @@ class _Function(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
+class _Each(torch.autograd.Function):
+    """The losses one by one. How much each counts is known only in the backward pass, from what was made of them.
+
+    A row of the gradient with respect to hidden is that row's own times its weight, so it is made at once. The gradient of the head's
+    weight mixes the rows: where it is needed, the logits are computed once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        chunks: list[slice | Tensor],
+        softmax: Callable[..., Any],
+    ) -> Tensor:
+        narrow = _product_weight(weight, dtype)  # (P, E)
+        nll = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        at_once = not ctx.needs_input_grad[1]
+        hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if at_once else None
+        for chunk in chunks:
+            logits = _logits(hidden[chunk].to(dtype), narrow, None, len(weight))
+            nll[chunk] = _each_nll(logits, targets[chunk])
+            if hidden_gradient is not None:
+                hidden_gradient[chunk] = softmax(logits, targets[chunk])[1] @ narrow
+        ctx.save_for_backward(*((hidden_gradient,) if at_once else (hidden, weight, targets)))
+        ctx.settings, ctx.hidden_dtype = (dtype, chunks, softmax), hidden.dtype
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (scales,) = outputs  # (N,) fp32
+        if not ctx.needs_input_grad[1]:
+            (hidden_gradient,) = ctx.saved_tensors
+            return (hidden_gradient * scales[:, None]).to(ctx.hidden_dtype), None, None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        dtype, chunks, softmax = ctx.settings
+        narrow = _product_weight(weight, dtype)
+        hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros(narrow.shape, dtype=torch.float32, device=weight.device)
+        for chunk in chunks:
+            rows, scale = hidden[chunk].to(dtype), scales[chunk, None]
+            gradient = softmax(_logits(rows, narrow, None, len(weight)), targets[chunk])[1]
+            if hidden_gradient is not None:
+                hidden_gradient[chunk] = (gradient @ narrow * scale).to(hidden.dtype)
+            weight_gradient += gradient.T @ (rows * scale).to(dtype)
+        return hidden_gradient, weight_gradient[: len(weight)].to(weight.dtype), None, None, None, None
+
+
 class LinearCrossEntropy(nn.Module):
     """Sum of the next-token losses of hidden states under an output head.
 
@@ -170,11 +225,7 @@ class LinearCrossEntropy(nn.Module):
         Returns:
             Scalar, fp32.
         """
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        size = self.chunk or chunk_size(hidden.device.type, len(weight), len(hidden))
-        chunks: list[slice | Tensor] = [slice(start, start + size) for start in range(0, len(hidden), size)]
-        if rows is not None:
-            chunks = list(rows.split(size)) if len(rows) else []
+        hidden, targets, chunks = self._in_chunks(hidden, weight, targets, rows)
         learns = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         if torch.is_grad_enabled() and learns:
             with torch.autocast(hidden.device.type, enabled=False):
@@ -186,3 +237,29 @@ class LinearCrossEntropy(nn.Module):
             for chunk in chunks:
                 nll += _nll(_logits(hidden[chunk].to(self.dtype), narrow, narrow_bias, len(weight)), targets[chunk])
         return nll
+
+    def each(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The losses one by one, to be added up otherwise than all alike. The arguments are those of `forward`, for a head without a bias.
+
+        Returns:
+            (N,) fp32 for the flattened targets, 0 where nothing is learned.
+        """
+        hidden, targets, chunks = self._in_chunks(hidden, weight, targets, rows)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+                return cast(Tensor, _Each.apply(hidden, weight, targets, self.dtype, chunks, self.softmax))
+            nll = hidden.new_zeros(len(hidden), dtype=torch.float32)
+            narrow = _product_weight(weight, self.dtype)
+            for chunk in chunks:
+                nll[chunk] = _each_nll(_logits(hidden[chunk].to(self.dtype), narrow, None, len(weight)), targets[chunk])
+            return nll
+
+    def _in_chunks(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[slice | Tensor]]:
+        """hidden (N, E), targets (N,), and the places of each chunk."""
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        size = self.chunk or chunk_size(hidden.device.type, len(weight), len(hidden))
+        if rows is not None:
+            return hidden, targets, list(rows.split(size)) if len(rows) else []
+        return hidden, targets, [slice(start, start + size) for start in range(0, len(hidden), size)]

@@ -43,6 +43,13 @@ class NextTokenLoss(nn.Module):
         With states (B, T, E), what the blocks below `start` have made of the tokens, those are not run. Without, frozen ones at the bottom
         are run without gradients, and nothing of them is kept for the backward pass.
         """
+        hidden = self.hidden(tokens, targets, documents, states, start)
+        return self.loss(hidden, self.model.head.weight, targets, rows, self.model.head.bias)
+
+    def hidden(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, states: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """What the head is given, (B, T, E), shown to the observer. The arguments are those of `forward`."""
         depth = self.model.frozen_depth
         if states is None and depth is not None:
             states, start = self.model.frozen_states(tokens, documents), depth
@@ -51,8 +58,8 @@ class NextTokenLoss(nn.Module):
         hidden = self.model.hidden_states(tokens, documents=documents, states=states, start=start)
         if self.observer is not None and not self.training:
             self.observer(hidden, targets)
-        return self.loss(hidden, self.model.head.weight, targets, rows, self.model.head.bias)
+        return hidden
 
-    def units(self, targets: Tensor) -> int:
-        """What the sum of a batch's losses is divided by: how many of its targets (B, T) count."""
+    def units(self, targets: Tensor, documents: Tensor | None = None) -> int:
+        """What the sum of a batch's losses is divided by, given its targets and documents (B, T): how many targets count."""
         return int((targets != IGNORE).sum())

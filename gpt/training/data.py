@@ -15,7 +15,7 @@ from gpt.data.batches import Batch, Batches
 from gpt.data.config import DataConfig
 from gpt.data.conversations import chat_template_for
 from gpt.data.examples import ExampleSettings, recognise_format
-from gpt.data.loader import build_batches, count_held_out, held_out_batches
+from gpt.data.loader import build_batches, count_held_out, examples_in_a_row, held_out_batches
 from gpt.data.plan import hash_of
 from gpt.data.prepare import Corpus, prepare_corpus
 from gpt.data.sources import ReadReport, open_source
@@ -65,6 +65,7 @@ class TrainingData:
         head: what its targets are: the tokens that follow, or classes of texts or of words.
         classes: these, in order.
         labelled: (at most how many) -> held-out examples with classes.
+        pairs: of preference: most pairs in two rows that belong together; 0: rows stand for themselves.
     """
 
     tokenizer: Tokenizer
@@ -78,6 +79,7 @@ class TrainingData:
     head: Literal["language_model", "sequence", "tokens"] = "language_model"
     classes: list[str] = field(default_factory=list)
     labelled: Callable[[int], list[Labelled]] = lambda count: []
+    pairs: int = 0
 
     def target_bytes(self) -> np.ndarray:
         """How many bytes of text each target stands for: those of its token; a class is no text."""
@@ -153,6 +155,7 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
         _HEADS.get(corpus.kind, "language_model"),
         corpus.classes,
         lambda count: _held_out_labelled(corpus, count),
+        pairs=examples_in_a_row(corpus, data, length) if corpus.kind == "preference" else 0,
     )
 
 
@@ -228,7 +231,8 @@ def _holds_conversations(data: DataConfig) -> bool:
     for part in data.parts or [data]:
         rows = list(islice(open_source(part, data.on_error).rows(ReadReport()), _FORMAT_ROWS))
         kind = recognise_format(rows, data.format, data.on_error == "skip")
-        if kind == "messages" or (kind == "prompt_completion" and any(isinstance(row.values.get("prompt"), list) for row in rows)):
+        written = {"prompt_completion": "prompt", "preference": "chosen"}.get(kind, "")
+        if kind == "messages" or any(isinstance(row.values.get(written), list) for row in rows):
             return True
     return False
 
@@ -236,8 +240,8 @@ def _holds_conversations(data: DataConfig) -> bool:
 def _held_out_prompts(corpus: Corpus, count: int) -> list[Prompt]:
     """The first held-out examples, cut where their learned part begins, or texts, cut after some words."""
     found = []
-    split = corpus.parts[0].held_out
-    for start, end in pairwise(split.documents[: count + 1].tolist()):
+    split, step = corpus.parts[0].held_out, 2 if corpus.kind == "preference" else 1  # of a pair, the chosen one
+    for start, end in list(pairwise(split.documents[: step * count + 1].tolist()))[::step]:
         if split.labels is None:
             end = min(end, start + _SHOWN_TOKENS)
         ids = split.tokens.windows(np.array([start]), end - start)[0]

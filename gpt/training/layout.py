@@ -48,6 +48,7 @@ def lay_out(
     world: World,
     device: Device,
     trainable: Collection[str] | None = None,
+    paired: bool = False,
 ) -> Layout:
     """Build the model of a run.
 
@@ -58,6 +59,7 @@ def lay_out(
         compiled: whether to compile blocks and loss.
         world, device: where.
         trainable: names of the parameters that train; None: all.
+        paired: whether it learns from pairs of preference.
     """
     divided = world.is_divided
     if divided:
@@ -76,7 +78,7 @@ def lay_out(
         model.tie()
         assert not config.model.tie_embeddings or model.head.weight is model.embeddings.tokens.weight
     loss = LinearCrossEntropy(device.dtype)
-    objective = objective_for(config, model, loss)
+    objective = objective_for(config, model, loss, paired)
     if config.parallel.tensor > 1 and divided:
         split_matrices(model, world)
     prepare_blocks(config.train, list(model.blocks))

@@ -53,8 +53,9 @@ class Progress:
             self.console.print(text, markup=False)
 
     def validated(self, line: dict[str, Any]) -> None:
-        """The latest validation, shown from here on."""
-        second = f"accuracy {line['val_accuracy']:.3f}" if "val_accuracy" in line else f"{line['val_bpb']:.3f} bits/byte"
+        """The metrics of the latest validation, shown from here on."""
+        second = next((f"accuracy {line[name]:.3f}" for name in ("val_accuracy", "val_reward_accuracy") if name in line), None)
+        second = second or f"{line['val_bpb']:.3f} bits/byte"
         self._val = f"val {line['val_loss']:.3f}", second
 
     def update(self, line: dict[str, Any]) -> None:

@@ -82,6 +82,7 @@ class Summary:
     held_out: str = "held-out text"  # what the bits per byte are of
     unit: Literal["token", "example", "word"] = "token"  # what has one target
     scores: dict[str, float] = field(default_factory=dict)  # of a classifier on what was held out: accuracy, macro_f1, span_f1
+    reward_accuracy: float | None = None  # on held-out pairs of preference, instead of bits per byte
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,9 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
         best_note = f"at step {summary.best_step:,}"
     milliseconds = 1000 * summary.seconds / max(1, summary.steps)
     first = [("Bits per byte", figure(summary.val_bpb, ".3f"), bits_note)]
-    if summary.unit != "token":
+    if summary.reward_accuracy is not None:
+        first = [("Reward accuracy", figure(summary.reward_accuracy, ".1%"), f"of {summary.held_out}")]
+    elif summary.unit != "token":
         first = [(SCORES[name], figure(value, ".3f"), f"of held-out {summary.unit}s") for name, value in summary.scores.items()]
     result = [
         *first,
@@ -381,13 +384,16 @@ def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
         training, checks = points(key, "loss"), points(key, "val_loss")
         validation = [Curve(checks, "validation", SECOND, width=1.4, dots=40)] if checks else []
         note = f"Dashed: after step {', '.join(f'{step:,}' for step in marks)} more parameters train." if marks else ""
-        unit = f"loss, nats per {summary.unit}"
-        add(title, noisy(training, "training") + validation, x, unit, True, bool(checks), note, marks)
+        unit = "per pair" if points(key, "val_reward_margin") else f"nats per {summary.unit}"
+        add(title, noisy(training, "training") + validation, x, f"loss, {unit}", True, bool(checks), note, marks)
 
     scores = [(title, points("step", f"val_{name}")) for name, title in SCORES.items()]
     curves = [Curve(found, title, colour, dots=40) for (title, found), colour in zip(scores, SERIES, strict=False) if found]
     add("Held-out accuracy and F1", curves, "step", "share", legend=True)
     add_loss("Loss by step", "step", "step", stage_steps(lines))
+    for title, key in (("Reward accuracy", "val_reward_accuracy"), ("Reward margin", "val_reward_margin")):
+        found = points("step", key)
+        add(f"{title} on held-out pairs", [Curve(found, "", SECOND, dots=40)] if found else [], "step", title.lower())
     named = {"this model": summary.val_bpb, "xz -9e": summary.xz_bpb, "gzip -9": summary.gzip_bpb}
     known = {name: size for name, size in named.items() if is_finite(size)}
     if "this model" in known and len(known) > 1:

@@ -58,17 +58,17 @@ def write_results(
     compressed = {} if data.on_examples else _compressed(config, data)
     rates = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
     last = next((line["val_loss"] for line in reversed(metrics) if "val_loss" in line), None)
-    what = "held-out examples" if data.on_examples else "held-out text"
+    what = "held-out pairs" if data.pairs else "held-out examples" if data.on_examples else "held-out text"
     summary = Summary(
         title=config.run.id,
         model=f"{model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
         steps=state.step, tokens=state.tokens, seconds=state.seconds,
         tokens_per_second=statistics.median(rates) if rates else 0.0,
         best_val_loss=state.best_val_loss, best_step=state.best_step,
-        val_bpb=None if scores else held_out.bits_per_byte,
+        val_bpb=None if scores or held_out.pairs else held_out.bits_per_byte,
         gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
         skipped_steps=state.skipped_steps, finished=True, held_out=what, unit=unit,
-        scores=scores.figures() if scores else {},
+        scores=scores.figures() if scores else {}, reward_accuracy=held_out.more.get("reward_accuracy"),
     )  # fmt: skip
     corpus = describe_corpus(data.manifest)
     _export(config, directory, model, data, model_card(config, summary, corpus))
@@ -84,6 +84,9 @@ def write_results(
     measured = f" ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte"
     if scores is not None:
         measured = f" ({scores.count:,} {unit}s): {in_words(scores)}"
+    elif held_out.pairs:
+        ahead, margin = held_out.more["reward_accuracy"], held_out.more["reward_margin"]
+        measured = f" ({held_out.pairs:,}): the chosen one gained more in {ahead:.1%} (reward accuracy), reward margin {margin:.3f}"
     beside = "".join(f"{name}: {figure:.2f}, " for name, figure in compressed.items())
     say(
         f"\n{state.step} steps, {_amount(state.tokens, unit)} in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
@@ -92,7 +95,7 @@ def write_results(
         f"{_answers(metrics, state.best_step)}"
         f"\nvalidation: best {_figure(state.best_val_loss)} at step {state.best_step}, last {_figure(last)}"
         f"{f'; {state.skipped_steps} steps left out' if state.skipped_steps else ''}"
-        f"\n{what}{measured} ({beside}loss {held_out.loss:.3f} per {unit})"
+        f"\n{what}{measured} ({beside}loss {held_out.loss:.3f} per {'pair' if held_out.pairs else unit})"
         f"{class_lines(scores) if scores else ''}"
         f"\nmodel:  {directory.model}{adapter}\nreport: {report}"
         f"\n{f'write:  gpt generate model={directory.path} {_use(data)}' if scores is None else _try_classifier(directory, data)}"

@@ -25,7 +25,8 @@ _MUST_STAY = (
 )  # fmt: skip
 # Of the plan of what trains, what changes nothing in it.
 _OF_THE_MACHINE = (
-    "freeze.name", "freeze.cache", "freeze.cache_gb", "freeze.cache_dir", "freeze.search_plans", "freeze.search_budget", "distill.cache",
+    "freeze.name", "freeze.cache", "freeze.cache_gb", "freeze.cache_dir", "freeze.search_plans", "freeze.search_budget",
+    "distill.cache", "dpo.cache",
 )  # fmt: skip
 _SECTIONS = ("model", "tokenizer", "freeze", "lora", "distill", "dpo")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.data.batches import Batch
-from gpt.model.loss import chunk_size, valid_rows
+from gpt.model.loss import IGNORE, chunk_size, valid_rows
 from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device, widest_float
@@ -170,7 +170,7 @@ class Step:
                     loss.backward()
             nll += loss.detach()
         with self.clock.part("optimizer"):
-            self._update(nll, self._units(batch.targets), measure)
+            self._update(nll, self._units(batch.targets, batch.documents), int((batch.targets != IGNORE).sum()), measure)
         return True
 
     def renew(self, objective: nn.Module, givers: list[Giver]) -> None:
@@ -179,13 +179,13 @@ class Step:
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def _update(self, nll: Tensor, targets: int, measure: bool) -> None:
+    def _update(self, nll: Tensor, units: int, targets: int, measure: bool) -> None:
         wide = widest_float(nll.device)
-        totals = torch.stack((nll.to(wide), torch.full_like(nll, targets, dtype=wide)))
-        loss_sum, valid = self.world.sum_over_data(totals)
+        totals = torch.stack((nll.to(wide), *(torch.full_like(nll, count, dtype=wide) for count in (units, targets))))
+        loss_sum, valid, tokens = self.world.sum_over_data(totals)
         sum_partial_gradients(self.model, self.world)
         norm = gradient_norm(self.trainable) / valid
-        loss = loss_sum / valid  # without a valid target: nan, and so left out
+        loss = loss_sum / valid  # without a valid target, or a pair: nan, and so left out
         is_spike = self.counts.is_spike(loss)
         apply = torch.isfinite(norm) & torch.isfinite(loss)
         if self.skip_spikes:
@@ -201,7 +201,7 @@ class Step:
             self.update_norm = gradient_norm(self.trainable)
         if self.average is not None:
             self.average.update(apply)
-        self.counts.add(loss, valid, apply, is_spike)
+        self.counts.add(loss, tokens, apply, is_spike)
         self.grad_norm, self.spiked = norm, is_spike
         self._zero_grad()
 

@@ -17,7 +17,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -28,11 +27,9 @@ from gpt.data.batches import Batch, Batches
 from gpt.data.prefetch import Prefetch
 from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
-from gpt.evaluation.classification import observing
-from gpt.evaluation.perplexity import HeldOutLoss, score_batches
+from gpt.evaluation.perplexity import HeldOutLoss
 from gpt.finetuning.freezing import plan_freezing
 from gpt.finetuning.trainable import write_table
-from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.allocator import no_garbage_collection
 from gpt.runtime.compiling import CompileAhead, FixedGraphs, kinds_of_graphs, should_compile
@@ -51,7 +48,7 @@ from gpt.training.failures import explained
 from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
 from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_by_formula, largest_that_fits, try_pass
-from gpt.training.objectives import Givers, given, givers_for
+from gpt.training.objectives import Givers, given, givers_for, score_held_out, whole_pairs
 from gpt.training.optimizer import set_learning_rate
 from gpt.training.profile import Profiler
 from gpt.training.progress import say
@@ -176,6 +173,8 @@ class Trainer:
         self.doing = "preparing the data"
         source = config if checkpoint is None else with_own_tokenizer(config, self.directory.path)
         self.data = world.main_first(lambda: open_training_data(source, self.sequences, self.say))
+        if self.data.pairs:
+            self.micro_batch, sizes = whole_pairs(self.micro_batch, sizes, config, self.sequences, world.data_size)
         if ahead is not None and not ahead.done():
             self.say("compiling (some 15 s the first time, a second after that)")
         if ahead is not None and (problem := ahead.problem()):
@@ -187,7 +186,7 @@ class Trainer:
         with torch.device("meta"):
             shape = GPT(config.model, config.lora)
             plan = plan_freezing(config.freeze, config.unfreeze, shape, config.model.head != "language_model")
-        layout = lay_out(config, start, self.compiled, world, self.device, plan.stages[0].names)
+        layout = lay_out(config, start, self.compiled, world, self.device, plan.stages[0].names, bool(self.data.pairs))
         self.model, self.objective = layout.model, layout.objective
         self.graphs = FixedGraphs(self.device, kinds_of_graphs(self.model, config.train) if self.compiled else ())
         self.unfreezing = Unfreezing(config, plan, self.model, self.objective, world, self.device)
@@ -243,7 +242,7 @@ class Trainer:
         """What adds to each pass, with what trains now."""
         self.givers.close()
         epochs = self.total_steps * self.sequences / self.data.rows["train"] if self.total_steps and self.data.rows["train"] else None
-        self.givers = givers_for(self.config, self.objective, self.data, self.state, epochs, self.device, self.world, self.say)
+        self.givers = givers_for(self.config, self.objective, self.data, self.state, epochs, self.device, self.world, self.say, self.givers)
         return self.givers
 
     # The loop
@@ -361,6 +360,7 @@ class Trainer:
         rate = config.train.batch_tokens * self.timed_steps / self.busy
         wall, spent, times = time.monotonic() - self.began, clock.totals(), clock.read()
         update_norm = self.step.update_norm
+        skipped = self.givers.prefix.share_read() if self.givers.prefix else 0.0
         line = {
             "step": state.step,
             "tokens": state.tokens,
@@ -370,11 +370,7 @@ class Trainer:
             "grad_norm": self.step.grad_norm.item(),
             "update_norm": update_norm.item() if update_norm is not None else None,
             "tokens_per_second": rate,
-            "mfu": rate
-            * self.model.flops_per_token(self.givers.prefix.share_read() if self.givers.prefix else 0.0)
-            / (self.peak_flops * self.world.size)
-            if self.peak_flops
-            else None,
+            "mfu": rate * self.model.flops_per_token(skipped) / (self.peak_flops * self.world.size) if self.peak_flops else None,
             "data_wait": times["time_data"] * self.timed_steps / self.busy,
             **times,
             "share_evaluation": spent["evaluation"] / wall,
@@ -430,11 +426,10 @@ class Trainer:
 
         batches = self.data.held_out(self.micro_batch, limit)
         swapped = self.average.swapped() if self.average is not None else contextlib.nullcontext()
-        with swapped, self.graphs.running("evaluation"), observing(cast(NextTokenLoss, unwrapped(self.objective))) as counts:
-            score = nll if counts is None else counts.beside(nll)
-            result = score_batches(self.objective, score, batches, self.byte_lengths, self.device, stopped, world=self.world)
+        with swapped, self.graphs.running("evaluation"):
+            result = score_held_out(self.objective, nll, batches, self.byte_lengths, self.device, stopped, self.world)
             reshard(self.objective)
-        return result if result is None or counts is None else replace(result, scores=counts.scores(self.world))
+        return result
 
     def _save(self, required: bool) -> None:
         """Save a checkpoint in the background. One that fails within the run is only said: the run goes on, and earlier ones stay."""

@@ -147,6 +147,7 @@ def test_rows_that_are_skipped_are_said(tmp_path, init, figures, capsys):
         (SUMS, ["loss_on=assistant"], "loss_on=assistant is not for rows of prompt_completion"),
         ([{"text": "a", "label": "b"}], [], "data: its rows are of the format text_label, which needs a classification head"),
         ([{"tokens": ["a"], "tags": ["b"]}], [], "data: its rows are of the format tokens_tags"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], [], "data: its rows are of the format preference: .*val_reward_accuracy"),
         ([{"prompt": "a", "completion": ""}], [], r"data: there are no examples to score \(dropped_no_target: 1\)"),
         ([{"prompt": "a"}], [], r"rows\.jsonl, line 1"),
         (SUMS, ["context_length=999"], "context_length=999: the model reads at most 64 tokens"),
