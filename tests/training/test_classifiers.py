@@ -305,3 +305,23 @@ def test_it_is_exported_for_the_stock_class(classifier, tmp_path, capsys):
     card = (tmp_path / "again" / "README.md").read_text()
     assert "loss, nats per example" in card
     assert "A classifier of texts: " in card
+
+
+@pytest.mark.usefixtures("no_report")
+def test_adapters_train_beside_the_new_head(config_of):
+    run = Trainer(config_of(THINGS, *LEARN, "lora.rank=4", "optimizer.lr=0.02")).fit().run_directory
+    assert validations(run)[-1]["val_accuracy"] > 0.6
+    written = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (written["task_type"], written["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    card = (run / "adapter" / "README.md").read_text()
+    assert 'AutoPeftModelForSequenceClassification.from_pretrained("<this folder>", num_labels=3)  # with its base' in card
+
+    code = card.partition("```python\n")[2].partition("```")[0].replace("<this folder>", str(run / "adapter"))
+    pytest.importorskip("peft")
+    made: dict[str, Any] = {}
+    exec(code, made)  # as a reader of the card would
+    stock: Any = transformers.AutoModelForSequenceClassification.from_pretrained(run / "model").eval()
+    read = made["tokenizer"](["my cow", "I saw a hammer"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        assert (made["model"].eval()(**read).logits - stock(**read).logits).abs().max() < 1e-5
+    assert load_model(str(run)).model.config.classes == ["animal", "fruit", "tool"]
