@@ -28,16 +28,17 @@ MODEL = [
     f"train.batch_tokens={TOKENS}",
 ]  # fmt: skip
 FREEZE = ["freeze=first_n", f"freeze.first_n_blocks={FROZEN}"]
-LORA = [f"lora.rank={RANK}", "lora.targets=[attention.q,attention.k,attention.v]"]
+LORA = ["lora.targets=[attention.q,attention.k,attention.v]"]
 
 
-def ours(pace: Pace, settings: list[str], epochs: str = "") -> None:
+def ours(pace: Pace, settings: list[str], epochs: str = "", rank: int = 0) -> None:
     """This project's step, as its trainer does it.
 
     Args:
         pace: of the benchmark.
         settings: of the config, besides the model.
         epochs: `first`: what frozen blocks make is kept on disk; `later`: it is there already; empty: there is nothing to keep.
+        rank: of adapters.
     """
     from gpt.compose import compose_run
     from gpt.data.batches import Batch
@@ -58,6 +59,7 @@ def ours(pace: Pace, settings: list[str], epochs: str = "") -> None:
 
     keep_freed_memory()
     config, device, world = compose_run("pretrain", [*MODEL, *settings]), Cpu("CPU", torch.bfloat16), World()
+    config.lora.rank = rank  # here, for a run's config may have adapters only of weights that have been trained
     plan = plan_freezing(config.freeze, config.unfreeze, GPT(config.model, lora=config.lora))
     layout = lay_out(config, lambda: GPT(config.model, lora=config.lora), True, world, device, plan.stages[0].names)
     assert isinstance(layout.objective, NextTokenLoss)
@@ -130,7 +132,7 @@ CANDIDATES: dict[str, Callable[[Pace], None]] = {
     "Trainer, nothing frozen": trainer,
     "Trainer, frozen": partial(trainer, frozen=True),
     "Trainer, frozen, torch_compile": partial(trainer, frozen=True, torch_compile=True),
-    f"ours, LoRA of rank {RANK} on q, k, v": partial(ours, settings=LORA),
+    f"ours, LoRA of rank {RANK} on q, k, v": partial(ours, settings=LORA, rank=RANK),
     f"peft + Trainer, LoRA of rank {RANK} on c_attn": partial(trainer, rank=RANK),
     f"peft + Trainer, LoRA of rank {RANK} on c_attn, torch_compile": partial(trainer, rank=RANK, torch_compile=True),
 }
