@@ -216,7 +216,7 @@ class LoRAConfig:
     alpha: float = 16.0
     """Adapters count alpha / rank times, so that another rank needs no other learning rate."""
     dropout: float = 0.0
-    """Of what adapters read, while training; with it a step takes about twice as long."""
+    """Of what adapters read, while training; with it a step takes half as long again."""
     targets: list[str] = field(default_factory=lambda: ["attention", "feedforward"])
     """Which projections get one: attention.{q,k,v,out}, feedforward.{up,gate,down}; a name, the end or the beginning of one, or a
     pattern: [q, v], [feedforward], ["blocks.1?.attention.*"]."""

@@ -9,7 +9,7 @@ import shutil
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -50,6 +50,10 @@ class Cpu(Device):
     def measured_peak(self) -> float:
         """The rate of a large matrix product now, since no data sheet states it."""
         return measured_peak_flops(self.dtype)
+
+    def compile_options(self) -> dict[str, Any]:
+        """Random numbers by torch's own kernels, the same as uncompiled: inductor would draw others, one by one, for half a step."""
+        return {**super().compile_options(), "options": {"fallback_random": True}}
 
     def compile_obstacle(self) -> str | None:
         """Why torch.compile cannot work here, or None."""

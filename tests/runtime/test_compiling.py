@@ -7,9 +7,14 @@ import sys
 import pytest
 import torch
 
-from gpt.runtime.compiling import should_compile, should_compile_decoding
+from gpt.model.config import GPTConfig, LoRAConfig
+from gpt.model.lora import adapted, adapter_parameters
+from gpt.model.loss import LinearCrossEntropy
+from gpt.model.transformer import GPT
+from gpt.runtime.compiling import compile_model, should_compile, should_compile_decoding
 from gpt.runtime.cpu import Cpu
 from gpt.runtime.cuda import Cuda
+from gpt.runtime.parallel import checkpoint_activations
 
 CPU = Cpu("CPU", torch.float32)
 GPU = Cuda("GPU", torch.bfloat16)
@@ -82,3 +87,23 @@ def test_a_compiler_that_fails_is_a_warning(tmp_path, corpus, cache_dir):
     )
     assert done.returncode == 0, done.stderr
     assert "not compiled, so the run is slower" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_dropped_is_the_same_compiled_or_not():
+    """In blocks, in adapters, and where activations are computed again."""
+    tokens, gradients = torch.arange(32).reshape(2, 16), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        config = GPTConfig(vocab_size=61, context_length=16, n_layer=2, n_head=2, d_model=32, dropout=0.2)
+        model = GPT(config, LoRAConfig(rank=4, dropout=0.3))
+        for layer in adapted(model).values():
+            torch.nn.init.normal_(layer.lora_b)
+        checkpoint_activations(list(model.blocks), "full")
+        if compiled:
+            compile_model(model, LinearCrossEntropy(), CPU)
+        torch.manual_seed(5)
+        (model.train().hidden_states(tokens) * torch.linspace(-1, 1, 32)).sum().backward()
+        gradients.append({name: p.grad for name, p in adapter_parameters(model).items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-3, msg=name)
