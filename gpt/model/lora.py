@@ -175,12 +175,13 @@ def attach(model: GPT, ranks: Mapping[str, tuple[int, float]], dropout: float = 
 
 
 def attach_as(model: GPT, lora: LoRAConfig) -> None:
-    """`attach` what a config asks for.
+    """`attach` what a config asks for; a head of classes trains beside the adapters.
 
     Raises:
         ValueError: a target that names no projection of this model.
     """
     attach(model, dict.fromkeys(lora.modules(model.config), (lora.rank, lora.scale)), lora.dropout, lora.dora)
+    model.head.requires_grad_(model.config.head != "language_model")
 
 
 def init_adapters(model: nn.Module, generator: torch.Generator | None = None) -> None:

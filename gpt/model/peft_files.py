@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gpt.model.architectures import FAMILIES, StoredTensor, stored_tensors, to_hf_config
+from gpt.model.architectures import FAMILIES, StoredTensor, head_name, stored_tensors, to_hf_config
 from gpt.model.config import GPTConfig
 from gpt.model.lora import LoRALinear, adapted, adapter_parameters, attach
 from gpt.model.transformer import GPT
@@ -256,7 +256,7 @@ def read_adapter(directory: Path, config: GPTConfig, allow_pickle: bool = False)
     where = str(directory / ADAPTER_CONFIG)
     _refuse(values, where)
     hf = to_hf_config(config)
-    family = FAMILIES[hf["model_type"]]
+    family, head = FAMILIES[hf["model_type"]], head_name(hf)
     modules = {s.name.removesuffix(".weight"): s for s in stored_tensors(config.n_layer, hf) if s.name.endswith(".weight")}
     whole = {s.name: s for s in stored_tensors(config.n_layer, hf)}
     found: dict[str, dict[str, Tensor]] = {}
@@ -265,11 +265,11 @@ def read_adapter(directory: Path, config: GPTConfig, allow_pickle: bool = False)
         name = key.removeprefix(_PREFIX)
         match = _KEY.match(name)
         inner = match[1] if match else name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")
-        if inner.partition(".")[0] not in (family.root, family.head.partition(".")[0], "lm_head", "score", "classifier"):
+        if inner.partition(".")[0] not in (family.root, family.head, head, "lm_head"):
             inner = f"{family.root}.{inner}"  # trained on the body alone
         if match and inner in modules and any(".attention." in ours or ".feedforward." in ours for ours in modules[inner].ours):
             found.setdefault(inner, {})[match[2]] = tensor
-        elif not match and (stored := whole.get(_head_name(inner, family.head))) is not None:
+        elif not match and (stored := whole.get(_head_name(inner, head))) is not None:
             if config.tie_embeddings and stored.ours[0] in ("embeddings.tokens.weight", "head.weight"):
                 raise ValueError(
                     f"{directory} replaces {inner} alone, which the model shares between embedding and head; load it with peft"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from adapters import with_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -310,3 +312,28 @@ def test_every_family_is_tried():
     assert {GPTConfig(**{"vocab_size": 61, "n_head": 4, "d_model": 32, **OURS[name]}).stock_architecture() for name in FAMILIES} == {
         family for family, _ in STOCK.values()
     }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "neox-partial"])
+@pytest.mark.parametrize("head", ["sequence", "tokens"])
+def test_a_head_of_classes_goes_with_the_adapters(name, head, tmp_path):
+    made = base(with_adapters(name, LoRAConfig(rank=2)))  # a language model, as people start from
+    made.save_pretrained(tmp_path / "base")
+    config = replace(made.config, head=head, classes=["no", "maybe", "yes"], tie_embeddings=False)
+    model = GPT(config, LoRAConfig(rank=2))
+    weights = {n: p for n, p in made.state_dict().items() if not n.startswith("head.")}
+    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for parameter in [p for p in model.parameters() if p.requires_grad]:
+            parameter.normal_(std=0.2)
+    save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
+    kind = {"sequence": "SequenceClassification", "tokens": "TokenClassification"}[head]
+    stock: Any = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "base", num_labels=3, pad_token_id=0)
+    theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
+    expected = logits(model.eval(), TOKENS)
+    found = logits(theirs, TOKENS)
+    torch.testing.assert_close(found, expected[:, -1] if head == "sequence" else expected, **CLOSE)
+    back = GPT(config)
+    back.load_state_dict(weights, strict=False)
+    load_adapter(back, tmp_path / "adapter")
+    torch.testing.assert_close(logits(back.eval(), TOKENS), expected, **CLOSE)
