@@ -87,6 +87,12 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
                 "init: finetune starts from weights; give a run, a Hugging Face directory or a hub id, e.g. init=runs/<id> "
                 "(gpt pretrain starts from none)"
             )
+        elif config.distill.teacher and not any(key.partition(".")[0] == "tokenizer" for key in (*chosen, *settings)):
+            prepare_environment(config.device, check=False)
+            from gpt.inference.loading import tokenizer_of  # imports torch
+
+            teachers = tokenizer_of(config.distill.teacher, config.allow_pickle, "distill.teacher")
+            config.tokenizer = TokenizerConfig("pretrained", path=teachers)  # a student with another could not be taught
     if COMMANDS[command].trains and config.command != command:
         raise UserError(f"resume={settings['resume']}: that run was started by gpt {config.command}; continue it so")
     config.validate()

@@ -75,14 +75,16 @@ class DistillConfig:
 
     teacher: str | None = None
     """A run, a Hugging Face directory or a hub id; null: no teacher."""
-    temperature: float = 2.0
+    temperature: float = 1.0
     """By which both models' logits are divided."""
-    weight: float = 0.5
+    weight: float = 0.9
     """Share of the teacher in the loss: weight T^2 KL(teacher, student) + (1 - weight) cross-entropy."""
     top_k: int = 0
-    """Only the teacher's likeliest so many tokens, renormalised; 0: all. With it, its answers are kept on disk."""
+    """Only the teacher's likeliest so many tokens, all others being one to both models; 0: all. With it, its answers are kept on disk."""
     cache: Literal["auto", "off"] = "auto"
     """Keep the teacher's top_k answers on disk, and ask it no more from the second epoch on."""
+    cache_gb: float = 20.0
+    """Most room on disk that such answers may take, those of other runs included."""
 
 
 @dataclass
@@ -153,6 +155,13 @@ def validate_finetuning(
         raise UserError(f"distill.weight={shown(distill.weight)} must be greater than 0 and at most 1")
     if distill.top_k < 0:
         raise UserError(f"distill.top_k={distill.top_k} must be at least 0, which is all tokens")
+    if not distill.cache_gb > 0:
+        raise UserError(f"distill.cache_gb={shown(distill.cache_gb)} must be greater than 0; distill.cache=off keeps nothing")
+    if distill.teacher is None and distill != DistillConfig():
+        key, value = next((f.name, value) for f in fields(distill) if (value := getattr(distill, f.name)) != f.default)
+        raise UserError(
+            f"distill.{key}={shown(value)}: nothing is learned from without a teacher; add distill.teacher=<run, folder or hub id>"
+        )
     if not dpo.beta > 0:
         raise UserError(f"dpo.beta={shown(dpo.beta)} must be greater than 0")
     if not 0 <= dpo.label_smoothing < 0.5:

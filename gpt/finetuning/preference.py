@@ -56,6 +56,7 @@ class PreferenceLoss(NextTokenLoss):
         start: int = 0,
         reference: Tensor | None = None,
         likelihoods: bool = False,
+        **given: Any,
     ) -> Tensor:
         """The sum of the losses of the pairs, fp32; of no pair, 0.
 
@@ -64,6 +65,7 @@ class PreferenceLoss(NextTokenLoss):
             reference: (B, T) fp32, log-likelihood of each document under the reference; None: all alike, as for a trial of memory.
             likelihoods: give the log-likelihoods (B, T) fp32 of the documents instead, 0 where there is none.
         """
+        assert not given
         hidden = self.hidden(tokens, targets, documents, states, start)
         nll = self.loss.each(hidden, self.model.head.weight, targets, rows)  # (B * T,)
         places = _places(targets, documents)

@@ -51,7 +51,7 @@ def load_model(
     Raises:
         UserError: there is no model there, or it is of a kind we cannot hold exactly.
     """
-    directory, run = _locate(path, allow_pickle, key)
+    directory, run = locate(path, allow_pickle, key)
     if is_adapter_folder(directory):
         return _from_adapter(directory, run, device, dtype, allow_pickle, f"{key}={path}")
     if run and not (directory / "config.json").is_file():
@@ -69,7 +69,7 @@ def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tupl
 
     Args and raises: as `load_model`; also if the tokenizer beside the weights is of another model.
     """
-    directory, run = _locate(path, allow_pickle, key)
+    directory, run = locate(path, allow_pickle, key)
     if is_adapter_folder(directory):
         try:
             base = base_of(directory)
@@ -123,7 +123,7 @@ def read_tokenizer(path: str, key: str, words: Sequence[str] = ()) -> tuple[str,
 def stock_place(path: str) -> str | None:
     """Where `transformers` finds the model that `load_model` finds at `path`: a folder's whole path, or a hub id; None: nowhere."""
     here = expanded(path).exists()
-    directory, _ = _locate(path, False, "init")
+    directory, _ = locate(path, False, "init")
     if not (directory / "config.json").is_file():
         return None
     return str(directory.absolute()) if here else path
@@ -139,7 +139,7 @@ def load_unmerged(path: str, key: str = "run") -> Loaded:
     Raises:
         UserError: it is no such thing, or its run has no adapters.
     """
-    directory, run = _locate(path, False, key)
+    directory, run = locate(path, False, key)
     if run is None or not load_run(run).lora.rank:
         raise UserError(
             f"{key}={path} has no adapters to write in PEFT's format; name a run that was trained with lora.rank, or leave format out"
@@ -147,8 +147,23 @@ def load_unmerged(path: str, key: str = "run") -> Loaded:
     return _from_checkpoint(run, directory, "cpu", None, key, merged=False)
 
 
-def _locate(path: str, allow_pickle: bool, key: str) -> tuple[Path, Path | None]:
-    """The directory of the weights, which has a config.json or is a run's, and the run that it belongs to, if any."""
+def tokenizer_of(path: str, allow_pickle: bool = False, key: str = "model") -> str:
+    """Where the tokenizer of a model is.
+
+    Args and raises: as `load_model`, but the model may be of any kind.
+    """
+    directory, run = locate(path, allow_pickle, key)
+    if is_adapter_folder(directory) and not _has_tokenizer(directory):
+        return read_shape(path, allow_pickle, key)[1]
+    in_run = run and not any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return str((run / "tokenizer.json" if run and in_run else directory).resolve())
+
+
+def locate(path: str, allow_pickle: bool, key: str) -> tuple[Path, Path | None]:
+    """The directory of the weights, which has a config.json or is a run's, and the run that it belongs to, if any.
+
+    Args and raises: as `load_model`.
+    """
     refuse_no_run(key, path)
     directory = expanded(path)
     full = directory.absolute()  # of "." the name and the parents too

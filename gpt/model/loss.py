@@ -78,10 +78,10 @@ def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return nll, gradient.to(logits.dtype)
 
 
-def _product_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head's weight (V, E) in the products' dtype; where that makes a copy, with rows of zeros up to P of them."""
+def product_weight(weight: Tensor, dtype: torch.dtype, always: bool = False) -> Tensor:
+    """The head's weight (V, E) in the products' dtype; where that makes a copy, or always, with rows of zeros up to P of them."""
     missing = -len(weight) % _VOCABULARY_MULTIPLE
-    if weight.dtype == dtype or not missing:
+    if not missing or (weight.dtype == dtype and not always):
         return weight.to(dtype)
     padded = weight.new_empty(len(weight) + missing, weight.shape[1], dtype=dtype)
     padded[: len(weight)] = weight
@@ -89,12 +89,12 @@ def _product_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _product_bias(bias: Tensor | None, narrow: Tensor) -> Tensor | None:
+def product_bias(bias: Tensor | None, narrow: Tensor) -> Tensor | None:
     """The head's bias (V,) in the products' dtype, as long as their weight (P, E)."""
     return None if bias is None else F.pad(bias.to(narrow.dtype), (0, len(narrow) - len(bias)))
 
 
-def _logits(rows: Tensor, narrow: Tensor, bias: Tensor | None, vocab_size: int) -> Tensor:
+def product(rows: Tensor, narrow: Tensor, bias: Tensor | None, vocab_size: int) -> Tensor:
     """rows (C, E), narrow (P, E), bias (P,) -> (C, P), with no probability left to the columns beyond the vocabulary."""
     logits = rows @ narrow.T if bias is None else torch.addmm(bias, rows, narrow.T)
     if vocab_size < len(narrow):
@@ -109,20 +109,19 @@ class _Function(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
         dtype: torch.dtype,
         chunks: list[slice | Tensor],
-        softmax: Callable[..., Any],
+        softmax: Callable[[Tensor, slice | Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        narrow = _product_weight(weight, dtype)  # (P, E)
-        narrow_bias = _product_bias(bias, narrow)
+        narrow = product_weight(weight, dtype)  # (P, E)
+        narrow_bias = product_bias(bias, narrow)
         hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros(narrow.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros(len(narrow), dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[2] else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         for chunk in chunks:
             rows = hidden[chunk].to(dtype)  # (C, E)
-            part, gradient = softmax(_logits(rows, narrow, narrow_bias, len(weight)), targets[chunk])
+            part, gradient = softmax(product(rows, narrow, narrow_bias, len(weight)), chunk)
             nll += part
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = gradient @ narrow
@@ -141,7 +140,7 @@ class _Function(torch.autograd.Function):
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None)
 
 
 class _Each(torch.autograd.Function):
@@ -161,12 +160,12 @@ class _Each(torch.autograd.Function):
         chunks: list[slice | Tensor],
         softmax: Callable[..., Any],
     ) -> Tensor:
-        narrow = _product_weight(weight, dtype)  # (P, E)
+        narrow = product_weight(weight, dtype)  # (P, E)
         nll = hidden.new_zeros(len(hidden), dtype=torch.float32)
         at_once = not ctx.needs_input_grad[1]
         hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if at_once else None
         for chunk in chunks:
-            logits = _logits(hidden[chunk].to(dtype), narrow, None, len(weight))
+            logits = product(hidden[chunk].to(dtype), narrow, None, len(weight))
             nll[chunk] = _each_nll(logits, targets[chunk])
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = softmax(logits, targets[chunk])[1] @ narrow
@@ -182,12 +181,12 @@ class _Each(torch.autograd.Function):
             return (hidden_gradient * scales[:, None]).to(ctx.hidden_dtype), None, None, None, None, None
         hidden, weight, targets = ctx.saved_tensors
         dtype, chunks, softmax = ctx.settings
-        narrow = _product_weight(weight, dtype)
+        narrow = product_weight(weight, dtype)
         hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros(narrow.shape, dtype=torch.float32, device=weight.device)
         for chunk in chunks:
             rows, scale = hidden[chunk].to(dtype), scales[chunk, None]
-            gradient = softmax(_logits(rows, narrow, None, len(weight)), targets[chunk])[1]
+            gradient = softmax(product(rows, narrow, None, len(weight)), targets[chunk])[1]
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = (gradient @ narrow * scale).to(hidden.dtype)
             weight_gradient += gradient.T @ (rows * scale).to(dtype)
@@ -225,17 +224,17 @@ class LinearCrossEntropy(nn.Module):
         Returns:
             Scalar, fp32.
         """
-        hidden, targets, chunks = self._in_chunks(hidden, weight, targets, rows)
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        chunks = self.chunks(hidden, weight, rows)
         learns = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         if torch.is_grad_enabled() and learns:
-            with torch.autocast(hidden.device.type, enabled=False):
-                return cast(Tensor, _Function.apply(hidden, weight, bias, targets, self.dtype, chunks, self.softmax))
+            return self.summed(hidden, weight, bias, chunks, lambda logits, chunk: self.softmax(logits, targets[chunk]))
         nll = hidden.new_zeros((), dtype=torch.float32)
-        narrow = _product_weight(weight, self.dtype)
-        narrow_bias = _product_bias(bias, narrow)
+        narrow = product_weight(weight, self.dtype)
+        narrow_bias = product_bias(bias, narrow)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in chunks:
-                nll += _nll(_logits(hidden[chunk].to(self.dtype), narrow, narrow_bias, len(weight)), targets[chunk])
+                nll += _nll(product(hidden[chunk].to(self.dtype), narrow, narrow_bias, len(weight)), targets[chunk])
         return nll
 
     def each(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -244,22 +243,40 @@ class LinearCrossEntropy(nn.Module):
         Returns:
             (N,) fp32 for the flattened targets, 0 where nothing is learned.
         """
-        hidden, targets, chunks = self._in_chunks(hidden, weight, targets, rows)
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        chunks = self.chunks(hidden, weight, rows)
         with torch.autocast(hidden.device.type, enabled=False):
             if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
                 return cast(Tensor, _Each.apply(hidden, weight, targets, self.dtype, chunks, self.softmax))
             nll = hidden.new_zeros(len(hidden), dtype=torch.float32)
-            narrow = _product_weight(weight, self.dtype)
+            narrow = product_weight(weight, self.dtype)
             for chunk in chunks:
-                nll[chunk] = _each_nll(_logits(hidden[chunk].to(self.dtype), narrow, None, len(weight)), targets[chunk])
+                nll[chunk] = _each_nll(product(hidden[chunk].to(self.dtype), narrow, None, len(weight)), targets[chunk])
             return nll
 
-    def _in_chunks(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor, list[slice | Tensor]]:
-        """hidden (N, E), targets (N,), and the places of each chunk."""
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    def chunks(self, hidden: Tensor, weight: Tensor, rows: Tensor | None) -> list[slice | Tensor]:
+        """The places of hidden (N, E), or those of them in `rows`, chunk by chunk."""
         size = self.chunk or chunk_size(hidden.device.type, len(weight), len(hidden))
         if rows is not None:
-            return hidden, targets, list(rows.split(size)) if len(rows) else []
-        return hidden, targets, [slice(start, start + size) for start in range(0, len(hidden), size)]
+            return list(rows.split(size)) if len(rows) else []
+        return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+    def summed(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        chunks: list[slice | Tensor],
+        softmax: Callable[[Tensor, slice | Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """The sum of the chunks' losses, with its gradients with respect to hidden (N, E), weight (V, E) and bias (V,).
+
+        Args:
+            softmax: logits (C, P) and their chunk -> its loss, and the gradient with respect to the logits.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return cast(Tensor, _Function.apply(hidden, weight, bias, self.dtype, chunks, softmax))
+
+    def figures(self, summed: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Figures besides the loss of what was trained on since they were last asked for; `summed` adds up all processes' tensors."""
+        return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,14 +38,15 @@ class NextTokenLoss(nn.Module):
         rows: Tensor | None = None,
         states: Tensor | None = None,
         start: int = 0,
+        **given: Any,
     ) -> Tensor:
         """tokens, targets and documents (B, T) as in a `Batch`, rows as of `valid_rows` -> fp32 sum of the losses of the targets.
 
         With states (B, T, E), what the blocks below `start` have made of the tokens, those are not run. Without, frozen ones at the bottom
-        are run without gradients, and nothing of them is kept for the backward pass.
+        are run without gradients, and nothing of them is kept for the backward pass. What else is given goes to the loss.
         """
         hidden = self.hidden(tokens, targets, documents, states, start)
-        return self.loss(hidden, self.model.head.weight, targets, rows, self.model.head.bias)
+        return self.loss(hidden, self.model.head.weight, targets, rows, self.model.head.bias, **given)
 
     def hidden(
         self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, states: Tensor | None = None, start: int = 0

@@ -77,13 +77,12 @@ def lay_out(
         model.to(device.type)
         model.tie()
         assert not config.model.tie_embeddings or model.head.weight is model.embeddings.tokens.weight
-    loss = LinearCrossEntropy(device.dtype)
-    objective = objective_for(config, model, loss, paired)
+    objective = objective_for(config, model, LinearCrossEntropy(device.dtype), paired)
     if config.parallel.tensor > 1 and divided:
         split_matrices(model, world)
     prepare_blocks(config.train, list(model.blocks))
     if compiled:
-        compile_model(model, loss, device)
+        compile_model(model, objective.loss, device)
     spread_objective = spread(objective, world)
     if divided:
         model.to_empty(device=device.type)

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from gpt.config import RunConfig
+from gpt.data.batches import Batch
 from gpt.errors import UserError
 from gpt.runtime.device import Device
 from gpt.runtime.memory import ROOM, case_of, peak
+from gpt.training.objectives import Giver, given
 
 # micro_batch=auto: the most tokens of a pass. More make no step faster, and on a CPU, where memory is shared, nothing says when it is full.
 MOST_TOKENS = 16384
@@ -63,12 +65,13 @@ def largest_that_fits(attempt: Callable[[int], None], sizes: list[int]) -> int:
         raise UserError(f"{problem}; try train.activation_checkpointing=full, or parallel=fsdp") from error
 
 
-def try_pass(objective: nn.Module, device: Device, length: int, documents: bool, sequences: int) -> None:
+def try_pass(objective: nn.Module, givers: list[Giver], device: Device, length: int, documents: bool, sequences: int) -> None:
     """A forward and backward pass of `sequences` rows of `length` tokens, with documents or not, that leaves nothing behind."""
     tokens = torch.zeros(sequences, length, dtype=torch.int64, device=device.type)
     try:
         with device.autocast():
-            loss = objective(tokens, tokens, tokens if documents else None)
+            part = Batch(tokens, tokens, tokens if documents else None)
+            loss = objective(part.tokens, part.targets, part.documents, **given(givers, part))
         loss.backward()
         device.synchronize()
     finally:

@@ -20,11 +20,13 @@ from gpt.errors import UserError
 from gpt.evaluation.classification import observing
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
 from gpt.finetuning.config import DPOConfig
+from gpt.finetuning.distillation import TeacherGiver, TeacherRows, open_teacher
 from gpt.finetuning.freezing import plan_freezing
 from gpt.finetuning.preference import PreferenceLoss, Reference
 from gpt.finetuning.prefix_cache import PrefixCache, PrefixData, open_prefix_cache
 from gpt.finetuning.row_store import store_name
 from gpt.model.config import LoRAConfig
+from gpt.model.distillation import DistillationLoss
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
@@ -48,9 +50,11 @@ class Givers:
     prefix: PrefixCache | None = None
     reference: Reference | None = None
     """Of DPO; it stays the same when others take the places of the rest."""
+    teacher: TeacherGiver | None = None
+    """Of distillation; it stays, too."""
 
     def close(self) -> None:
-        """Let go of files, before others take their place."""
+        """Let go of files, before others take their place. A teacher stays."""
         if self.prefix is not None:
             self.prefix.close()
 
@@ -65,7 +69,7 @@ def objective_for(config: RunConfig, model: GPT, loss: LinearCrossEntropy, paire
     """The objective of a run; `paired`: on rows of preference.
 
     Raises:
-        UserError: the config has settings for another.
+        UserError: the config has settings for another, or a teacher that could not teach it.
     """
     if paired:
         if config.distill.teacher is not None:
@@ -80,6 +84,12 @@ def objective_for(config: RunConfig, model: GPT, loss: LinearCrossEntropy, paire
             raise UserError(
                 f"dpo.{name}={shown(value)} is of rows of preference (prompt, chosen, rejected), and these are others; leave it out"
             )
+    if config.distill.teacher is not None:
+        if config.model.head != "language_model":
+            raise UserError(
+                f"distill.teacher={config.distill.teacher}: it teaches probabilities of tokens, and these rows have classes; leave it out"
+            )
+        loss = DistillationLoss(config.distill.temperature, config.distill.weight, loss.dtype, loss.chunk)
     return NextTokenLoss(model, loss)
 
 
@@ -140,39 +150,50 @@ def givers_for(
     objective: nn.Module,
     data: TrainingData,
     state: TrainingState,
-    epochs: float | None,
+    steps: int | None,
+    compiled: bool,
+    before: Givers,
     device: Device,
     world: World,
     say: Callable[[str], None],
-    before: Givers | None = None,
 ) -> Givers:
     """The givers of a run, with what trains now.
 
     Args:
         config, data, state: of the run.
         objective: as it is called.
-        epochs: how often the run sees each row; None: not known.
+        steps: of the run; None: not known.
+        compiled: whether what is run for them is compiled, too.
+        before: those of the stage of the plan before.
         device, world: where.
         say: takes lines for people.
-        before: those of the same run until now.
 
     Raises:
         UserError: what one needs is not to be had.
     """
-    givers, inner = Givers(), unwrapped(objective)
+    givers, inner = Givers(reference=before.reference, teacher=before.teacher), unwrapped(objective)
     assert isinstance(inner, NextTokenLoss)
+    rows = data.rows["train"]
+    epochs = steps * config.train.batch_tokens / config.sequence_length / rows if steps and rows else None
+    fingerprint, cache = [data.fingerprint, config.data.packing], Path(config.data.cache_dir).expanduser()
+    if config.distill.teacher is not None:
+        if givers.teacher is None:
+            asked = TeacherRows(rows, config.sequence_length, fingerprint, epochs)
+            givers.teacher = open_teacher(
+                config.distill, cache / "teachers", data.tokenizer, asked, compiled, device, world, say, config.allow_pickle
+            )
+        givers.train.append(givers.teacher)
     if not config.freeze.is_empty or config.lora.rank:
-        rows = PrefixData(data.rows, config.sequence_length, [data.fingerprint, config.data.packing], epochs)
-        folder = Path(config.freeze.cache_dir or Path(config.data.cache_dir, "frozen")).expanduser()
+        prefix = PrefixData(data.rows, config.sequence_length, fingerprint, epochs)
+        folder = Path(config.freeze.cache_dir).expanduser() if config.freeze.cache_dir else cache / "frozen"
         givers.prefix = open_prefix_cache(
-            config.freeze.cache, config.freeze.cache_gb, folder, inner, rows, state.frozen, device, world, say
+            config.freeze.cache, config.freeze.cache_gb, folder, inner, prefix, state.frozen, device, world, say
         )
     if givers.prefix is not None:
         givers.train.append(givers.prefix.train)
         givers.held_out.append(givers.prefix.held_out)
     if isinstance(inner, PreferenceLoss):
-        kept = before.reference if before is not None else None
-        givers.reference = kept or _reference(config, inner.model, data, device, world, say)
+        givers.reference = givers.reference or _reference(config, inner.model, data, device, world, say)
         givers.train.append(givers.reference.train)
         givers.held_out.append(givers.reference.held_out)
     return givers

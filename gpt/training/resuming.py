@@ -26,7 +26,7 @@ _MUST_STAY = (
 # Of the plan of what trains, what changes nothing in it.
 _OF_THE_MACHINE = (
     "freeze.name", "freeze.cache", "freeze.cache_gb", "freeze.cache_dir", "freeze.search_plans", "freeze.search_budget",
-    "distill.cache", "dpo.cache",
+    "distill.cache", "distill.cache_gb", "dpo.cache",
 )  # fmt: skip
 _SECTIONS = ("model", "tokenizer", "freeze", "lora", "distill", "dpo")
 
@@ -77,6 +77,15 @@ def checkpoint_to_continue(directory: Path, say: Callable[[str], None]) -> Path 
     if checkpoint is None:
         say(f"no checkpoint in {directory} yet: starting at step 0")
     return checkpoint
+
+
+def refuse_other_data(now: str, then: str, directory: Path) -> None:
+    """Raises UserError if the fingerprint of the data, or of its tokens, is another than when the run in `directory` was started."""
+    if now != then:
+        raise UserError(
+            f"data: the text or its tokens are not those that {directory} was started with "
+            f"(fingerprint {now}, then {then}); restore it, or choose another run.id"
+        )
 
 
 def with_own_tokenizer(config: RunConfig, directory: Path) -> RunConfig:

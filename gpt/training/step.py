@@ -178,6 +178,10 @@ class Step:
         self.objective, self.givers = objective, givers
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
 
+    def figures(self) -> dict[str, float]:
+        """What the loss has to tell of the steps since it was last asked; all processes ask together."""
+        return cast(NextTokenLoss, unwrapped(self.objective)).loss.figures(self.world.sum_over_data)
+
     @torch.no_grad()
     def _update(self, nll: Tensor, units: int, targets: int, measure: bool) -> None:
         wide = widest_float(nll.device)

@@ -54,7 +54,7 @@ from gpt.training.profile import Profiler
 from gpt.training.progress import say
 from gpt.training.rehearsal import Rehearsed, write_rehearsal
 from gpt.training.results import write_results
-from gpt.training.resuming import checkpoint_to_continue, run_to_continue, with_own_tokenizer
+from gpt.training.resuming import checkpoint_to_continue, refuse_other_data, run_to_continue, with_own_tokenizer
 from gpt.training.run_directory import RunDirectory, new_run_id
 from gpt.training.schedule import learning_rate_factor, warm_up
 from gpt.training.step import Counts, Step
@@ -196,9 +196,10 @@ class Trainer:
         self.total_steps, self.total_seconds = run_length(config, self.batches, self.sequences)
         if checkpoint is not None:
             self._resume(checkpoint)
+        givers = self._new_givers().train
         if config.train.micro_batch == "auto" and self.device.says_when_full and not world.is_divided:
             documents = config.on_examples or config.data.document_mask
-            attempt = partial(try_pass, unwrapped(self.objective), self.device, config.sequence_length, documents)
+            attempt = partial(try_pass, unwrapped(self.objective), givers, self.device, config.sequence_length, documents)
             self.micro_batch = world.least(largest_that_fits(attempt, sizes))
             if self.micro_batch != sizes[0]:
                 self.say(f"micro-batches of {self.micro_batch} sequences: {sizes[0]} do not fit into memory")
@@ -207,7 +208,7 @@ class Trainer:
         self.counts = Counts(self.state, self.device)
         self.step = Step(
             self.objective, self.model, self.optimizers, self.average, self.counts, world, self.device, self.micro_batch,
-            config.train.grad_clip, config.train.spike != "none", self.clock, self._new_givers().train,
+            config.train.grad_clip, config.train.spike != "none", self.clock, givers,
         )  # fmt: skip
         self.peak_flops = self.device.peak_flops
         if world.is_main:
@@ -228,11 +229,7 @@ class Trainer:
         self.objective = self.unfreezing.objective
         averages = self.average.tensors() if self.average is not None else None
         state = load_checkpoint(checkpoint, self.model, self.optimizers, averages)
-        if state.corpus != self.state.corpus:
-            raise UserError(
-                f"data: the text or its tokens are not those that {self.directory.path} was started with "
-                f"(fingerprint {self.state.corpus}, then {state.corpus}); restore it, or choose another run.id"
-            )
+        refuse_other_data(self.state.corpus, state.corpus, self.directory.path)
         self.state = state
         if isinstance(self.data.batches, StreamingBatches) and state.stream is not None:
             self.data.batches.load_state_dict(state.stream)
@@ -241,8 +238,8 @@ class Trainer:
     def _new_givers(self) -> Givers:
         """What adds to each pass, with what trains now."""
         self.givers.close()
-        epochs = self.total_steps * self.sequences / self.data.rows["train"] if self.total_steps and self.data.rows["train"] else None
-        self.givers = givers_for(self.config, self.objective, self.data, self.state, epochs, self.device, self.world, self.say, self.givers)
+        where = (self.compiled, self.givers, self.device, self.world, self.say)
+        self.givers = givers_for(self.config, self.objective, self.data, self.state, self.total_steps, *where)
         return self.givers
 
     # The loop
@@ -360,7 +357,7 @@ class Trainer:
         rate = config.train.batch_tokens * self.timed_steps / self.busy
         wall, spent, times = time.monotonic() - self.began, clock.totals(), clock.read()
         update_norm = self.step.update_norm
-        skipped = self.givers.prefix.share_read() if self.givers.prefix else 0.0
+        flops = self.model.flops_per_token(self.givers.prefix.share_read() if self.givers.prefix else 0.0)
         line = {
             "step": state.step,
             "tokens": state.tokens,
@@ -369,8 +366,9 @@ class Trainer:
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "grad_norm": self.step.grad_norm.item(),
             "update_norm": update_norm.item() if update_norm is not None else None,
+            **self.step.figures(),
             "tokens_per_second": rate,
-            "mfu": rate * self.model.flops_per_token(skipped) / (self.peak_flops * self.world.size) if self.peak_flops else None,
+            "mfu": rate * flops / (self.peak_flops * self.world.size) if self.peak_flops else None,
             "data_wait": times["time_data"] * self.timed_steps / self.busy,
             **times,
             "share_evaluation": spent["evaluation"] / wall,

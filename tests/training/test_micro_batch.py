@@ -56,7 +56,7 @@ def test_a_trial_leaves_no_gradients(documents):
     objective = NextTokenLoss(model, LinearCrossEntropy())
     seen = []
     model.head.weight.register_hook(lambda gradient: seen.append(float(gradient.abs().sum())))
-    try_pass(objective, Cpu("CPU", torch.float32), 8, documents, 3)
+    try_pass(objective, [], Cpu("CPU", torch.float32), 8, documents, 3)
     assert seen
     assert seen[0] > 0
     assert all(p.grad is None for p in model.parameters())
