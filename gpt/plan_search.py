@@ -85,7 +85,8 @@ def _compose(arguments: Sequence[str], config: RunConfig, config_dir: Path | Non
     Raises:
         UserError: the first plan that is impossible, with its text.
     """
-    texts = config.freeze.search_plans or default_plans(config.model.n_layer)
+    rate = config.optimizer.lr if config.optimizer.name == "adamw" else None
+    texts = config.freeze.search_plans or default_plans(config.model.n_layer, rate)
     tries = [read_plan(text) for text in texts]
     if len(tries) < 2:
         raise UserError(f"freeze.search_plans={shown(texts)}: there is nothing to choose from; give two plans at least")

@@ -12,7 +12,9 @@ from gpt.errors import UserError
 from gpt.typed import shown
 
 CLOSE = 0.01
-"""A loss that is higher than the best by no more than this share is as good: seeds alone differ by about as much."""
+"""A loss that is higher than the best by no more than this share is as good: some times what seeds alone differ by in a short run."""
+MORE = 10
+"""The rate of plans that train few parameters, as a multiple of the others': at the same one they would only look worse than they are."""
 _OF_A_PLAN = ("freeze", "unfreeze", "layerwise_lr_decay", "lora", "optimizer")
 """What a plan may set: how much trains and how fast. Data, seed and length are the same for all."""
 _COUNTS = ("freeze.first_n_blocks", "freeze.only_last_n_blocks")
@@ -42,12 +44,18 @@ class Tried:
         return 1e6 * self.seconds / self.tokens if timed and self.tokens else self.seconds
 
 
-def default_plans(n_layer: int) -> list[str]:
-    """What is tried of a model with so many blocks: a quarter, a half and three quarters of them frozen, and what is common elsewhere."""
+def default_plans(n_layer: int, lr: float | None = None) -> list[str]:
+    """What is tried unless plans are named: a quarter, a half and three quarters of the blocks frozen, and what is common elsewhere.
+
+    Args:
+        n_layer: blocks of the model.
+        lr: of AdamW; None: another optimizer, whose rates are left alone. What trains few parameters has `MORE` times that.
+    """
     counts = sorted({round(n_layer * share) for share in (0.25, 0.5, 0.75)} & set(range(1, n_layer)))
     above = ["last_n_only"] if n_layer > 1 and n_layer - 1 not in counts else []  # else it is the last of those before it
     blocks = [f"first_n freeze.first_n_blocks={count}" for count in counts]
-    return ["none", "embeddings", *blocks, *above, "norms_and_biases", "head_only", "lora.rank=8"]
+    faster = f" optimizer.lr={MORE * lr:g}" if lr is not None else ""
+    return ["none", "embeddings", *blocks, *above, *(f"{few}{faster}" for few in ("norms_and_biases", "head_only", "lora.rank=8"))]
 
 
 def read_plan(text: str) -> dict[str, str]:

@@ -24,8 +24,12 @@ def test_the_default_plans_follow_the_number_of_blocks(n_layer: int, counts: lis
     plans = default_plans(n_layer)
     assert [int(plan.rpartition("=")[2]) for plan in plans if plan.startswith("first_n ")] == counts
     assert ("last_n_only" in plans) == above
-    assert {"none", "embeddings", "norms_and_biases", "head_only"} <= set(plans)
+    assert {"none", "embeddings", "norms_and_biases", "head_only", "lora.rank=8"} <= set(plans)
     assert all(read_plan(plan) for plan in plans)
+    faster = {plan.partition(" optimizer.lr=")[0]: plan.partition(" optimizer.lr=")[2] for plan in default_plans(n_layer, 2e-4)}
+    assert list(faster) == plans
+    assert [plan for plan, lr in faster.items() if lr] == ["norms_and_biases", "head_only", "lora.rank=8"]
+    assert {lr for lr in faster.values() if lr} == {"0.002"}
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def test_a_search_is_a_run_for_each_plan_with_all_else_the_same(search: Call, tr
     code, out, err = search("freeze=search", "train.budget=8steps", "seed=5")
     assert code == 0, err
     assert [run.path.name for run in tries] == [
-        "s-01-none", "s-02-embeddings", "s-03-first_n-first_n_blocks_1", "s-04-norms_and_biases", "s-05-head_only", "s-06-rank_8",
+        "s-01-none", "s-02-embeddings", "s-03-first_n-first_n_blocks_1", "s-04-norms_and_biases-lr_0.002", "s-05-head_only-lr_0.002",
+        "s-06-rank_8-lr_0.002",
     ]  # fmt: skip
     configs = [run.config for run in tries if run.config is not None]
     assert len(configs) == 6
