@@ -9,11 +9,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from finetuning import SUMS, finetune_config, save_small_model, write_rows
 from report_pages import SAMPLES, SUMMARY, Page, note, training_line, validation_line, write_metrics
 
 from gpt.finetuning.trainable import TableRow, table_cells, write_table
 from gpt.training.freezing_figure import TRAINABLE, draw_stack, freezing_section, read_rows, stage_steps
 from gpt.training.report import write_live_report, write_report
+from gpt.training.trainer import Trainer
 
 TOKENS = TableRow("embeddings.tokens", 1000, 0, None, 0)
 BLOCKS = [TableRow(f"blocks.{i}", 400, 0 if i < 2 else 400, None if i < 2 else 3e-4 * (i - 1), 0 if i < 3 else 0.25) for i in range(4)]
@@ -115,3 +117,17 @@ def test_rows_and_text_survive_the_file(tmp_path: Path) -> None:
     text = write_table(ROWS).splitlines()
     assert text[2].split() == ["blocks.0-1", "800", "no"]
     assert text[-1].split()[:4] == ["in", "all", "2,610", "410"]
+
+
+def test_a_run_shows_its_stages(tmp_path: Path) -> None:
+    model, rows = save_small_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", SUMS)
+    plan = ["freeze=head_only", "unfreeze=[{at: 2, blocks: -1}]", "train.budget=4steps", "train.log_every=1", "run.id=a"]
+    Trainer(finetune_config(tmp_path, model, rows, *plan)).fit()
+    run = tmp_path / "runs" / "a"
+    page = Page(run / "report.html")
+    assert note(page, "Loss by step") == "Dashed: after step 2 more parameters train."
+    svg = page.source.split('class="stack"')[1].partition("</svg>")[0]
+    names = re.findall(r"<text[^>]*>([^<]*)", svg)
+    assert names[:2] == ["head", "0.0002"]
+    assert names[names.index("block 1") :][:3] == ["block 1", "from step 2 on", "0.0002"]
+    assert names[names.index("block 0") + 1] == names[names.index("final norm") + 1] == "frozen"
