@@ -103,7 +103,7 @@ def adapt_vocabulary(model: GPT, old: Tokenizer, new: Tokenizer, size: int, key:
     embedding.weight, embedding.num_embeddings = nn.Parameter(origins.take(embedding.weight)), size
     if model.config.tie_embeddings:
         model.head.out_features = size
-    elif model.head.out_features == before:
+    elif model.config.head == "language_model":
         model.head.weight, model.head.out_features = nn.Parameter(origins.take(model.head.weight)), size
     model.config = replace(model.config, vocab_size=size)
     model.tie()

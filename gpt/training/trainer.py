@@ -214,8 +214,6 @@ class Trainer:
         if world.is_main:
             self.directory.describe(config, self.device, self.data.tokenizer)
             self.peak_flops = self.device.measured_peak()
-        if config.adapt_tokenizer is not None and not any("embeddings.tokens.weight" in stage.names for stage in plan.stages):
-            self.say("note: the embeddings of the new tokenizer's tokens do not train: they are frozen, and stay as they are made")
         if plan.freezes or config.layerwise_lr_decay < 1:
             rows = self.unfreezing.rows()
             self.say(write_table(rows))
