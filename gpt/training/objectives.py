@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gpt.config import RunConfig
 from gpt.data.batches import Batch
+from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.classification import observing
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
@@ -202,7 +203,7 @@ def givers_for(
 def _reference(config: RunConfig, model: GPT, data: TrainingData, device: Device, world: World, say: Callable[[str], None]) -> Reference:
     """What DPO holds the model to: the weights that the run began with."""
     digests: dict[str, str] = {}
-    load = partial(_first_objective, config, model, device, world, digests)
+    load = partial(_first_objective, config, model, data.tokenizer, device, world, digests)
     reference = Reference(load, data.rows, data.pairs, device, world, say)
     where = ""
     if config.dpo.cache == "auto":
@@ -218,7 +219,9 @@ def _reference(config: RunConfig, model: GPT, data: TrainingData, device: Device
     return reference
 
 
-def _first_objective(config: RunConfig, model: GPT, device: Device, world: World, digests: dict[str, str]) -> PreferenceLoss:
+def _first_objective(
+    config: RunConfig, model: GPT, tokenizer: Tokenizer, device: Device, world: World, digests: dict[str, str]
+) -> PreferenceLoss:
     """The objective of the weights that a run begins with, not to be trained; their SHA-256 are put into `digests`, in the main process.
 
     In one piece, it shares with the model those parameters that never train, and has the matrices of its blocks in the dtype that they are
@@ -230,7 +233,7 @@ def _first_objective(config: RunConfig, model: GPT, device: Device, world: World
     trains = plan.trainable(len(plan.stages))
     config = replace(config, lora=LoRAConfig())  # which adds nothing yet
     with torch.random.fork_rng():  # what a step draws does not depend on when this is loaded
-        start = partial(first_weights, config, True, lambda text: None)
+        start = partial(first_weights, config, True, lambda text: None, tokenizer)
         if world.is_divided:
             layout = lay_out(config, start, False, world, device, (), paired=True)
             digests |= layout.frozen

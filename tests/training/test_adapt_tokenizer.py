@@ -1,5 +1,6 @@
 """Runs of `gpt finetune adapt_tokenizer=...`."""
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from gpt.finetuning.vocabulary import Origins, find_origins
 from gpt.model.transformer import GPT
 from gpt.training.checkpoint import list_checkpoints
 from gpt.training.trainer import Trainer
-from tests.training.finetuning import SMALL, compose_groups_once, save_small_model, stop_in_the_middle
+from tests.training.finetuning import SMALL, compose_groups_once, save_small_model, stop_in_the_middle, write_rows
 from tests.training.test_trainer import assert_same_run, losses
 
 TRAIN = ["adapt_tokenizer=train", "tokenizer=bpe", "tokenizer.vocab_size=320"]
@@ -205,3 +206,12 @@ def test_parity_compares_weights_as_they_are(config_of):
 
     with pytest.raises(UserError, match="adapt_tokenizer=train: gpt parity compares the weights of init= as they are"):
         parity(config_of(*TRAIN))
+
+
+def test_preferences_are_held_to_the_adapted_weights(config_of, tmp_path):
+    """Before the first step the model is what it is held to, so that no pair has a margin."""
+    rows = [{"prompt": f"{n} and ", "chosen": "the other", "rejected": "none"} for n in range(60)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    tokenizer = [*TRAIN[:2], "tokenizer.vocab_size=260"]
+    run = Trainer(config_of(*tokenizer, "data=jsonl", f"data.paths=[{file}]", "train.budget=1steps")).fit().run_directory
+    assert losses(run)[1] == pytest.approx(math.log(2), abs=1e-6)
