@@ -42,6 +42,7 @@ NEEDS = {  # what an option cannot do without
     ("tokenizer", "pretrained"): ["tokenizer.path=gpt2"],
     ("experiment", "gpt2_from_scratch"): ["data.paths=[book.txt]"],
     ("experiment", "char_fast"): ["data.paths=[book.txt]"],
+    ("experiment", "finetune_preference"): ["data.paths=[pairs.jsonl]"],
 }
 NOT_TEXT = {("data", source) for source in EXAMPLE_SOURCES}  # what gpt pretrain cannot take
 FROM_WEIGHTS = [name for name in groups()["experiment"] if name.startswith("finetune")]  # experiments of gpt finetune

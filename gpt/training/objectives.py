@@ -34,6 +34,7 @@ from gpt.model.transformer import GPT
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
 from gpt.runtime.parallel import unwrapped
+from gpt.runtime.sharding import reshard
 from gpt.training.checkpoint import TrainingState, digest
 from gpt.training.data import TrainingData
 from gpt.typed import plain, shown
@@ -138,6 +139,7 @@ def score_held_out(
     with observing(inner) as classes, pairs as sums:
         told = nll if classes is None else classes.beside(nll)
         result = score_batches(objective, told, batches, byte_lengths, device, stopped, world=world)
+        reshard(objective)
     if result is not None and classes is not None:
         return replace(result, scores=classes.scores(world))
     if result is not None and sums is not None:

@@ -384,8 +384,8 @@ def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
         training, checks = points(key, "loss"), points(key, "val_loss")
         validation = [Curve(checks, "validation", SECOND, width=1.4, dots=40)] if checks else []
         note = f"Dashed: after step {', '.join(f'{step:,}' for step in marks)} more parameters train." if marks else ""
-        unit = "per pair" if points(key, "val_reward_margin") else f"nats per {summary.unit}"
-        add(title, noisy(training, "training") + validation, x, f"loss, {unit}", True, bool(checks), note, marks)
+        unit = "loss per pair" if points(key, "val_reward_margin") else f"loss, nats per {summary.unit}"
+        add(title, noisy(training, "training") + validation, x, unit, True, bool(checks), note, marks)
 
     scores = [(title, points("step", f"val_{name}")) for name, title in SCORES.items()]
     curves = [Curve(found, title, colour, dots=40) for (title, found), colour in zip(scores, SERIES, strict=False) if found]

@@ -31,7 +31,6 @@ from gpt.model.transformer import GPT
 from gpt.runtime.allocator import no_garbage_collection
 from gpt.runtime.device import find_device, unused_settings
 from gpt.runtime.distributed import Agreement, join_world
-from gpt.runtime.sharding import reshard
 from gpt.runtime.signals import StopRequest
 from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole
 from gpt.training.checkpoint_retention import Retention
@@ -306,9 +305,7 @@ class Trainer(PreparedRun):
         batches = self.data.held_out(self.micro_batch, limit)
         swapped = self.average.swapped() if self.average is not None else contextlib.nullcontext()
         with swapped, self.graphs.running("evaluation"):
-            result = score_held_out(self.objective, nll, batches, self.byte_lengths, self.device, stopped, self.world)
-            reshard(self.objective)
-        return result
+            return score_held_out(self.objective, nll, batches, self.byte_lengths, self.device, stopped, self.world)
 
     def _save(self, required: bool) -> None:
         """Save a checkpoint in the background. One that fails within the run is only said: the run goes on, and earlier ones stay."""

@@ -66,7 +66,7 @@ def test_training_raises_the_margin_of_held_out_pairs(config_of, capsys):
     assert "val_bpb" not in late
     said = capsys.readouterr().err
     assert "rows of preference" in said
-    assert re.search(r"held-out pairs \(\d+\): the chosen one gained more in 100\.0% \(reward accuracy; reward margin \d", said)
+    assert re.search(r"held-out pairs \(\d+\): the chosen one gained more in 100\.0% \(reward accuracy\), reward margin \d", said)
     assert "bits per byte" not in said
     assert "DPO: held to the weights of" in said
 
