@@ -12,7 +12,7 @@ FILE_SOURCES = ("text", "jsonl", "parquet")
 """Sources that read `data.paths`."""
 TEXT_SOURCES = ("stdlib", "text", "stdlib_topics")
 """Sources of plain text, whatever the command."""
-EXAMPLE_SOURCES = ("stdlib_docstrings", "stdlib_packages", "stdlib_tokens")
+EXAMPLE_SOURCES = ("stdlib_docstrings", "stdlib_chats", "stdlib_packages", "stdlib_tokens")
 """Sources of examples to fine-tune on, which have no plain text. The others hold rows, which may be either."""
 BESIDE_FIELDS = ("answers", "test")
 """Fields of a row that say how an answer is checked: nothing of them is learned, and no row is made of them alone."""
@@ -73,7 +73,7 @@ class SourceConfig:
 
     source: Literal[
         "stdlib", "text", "jsonl", "parquet", "hf", "mixture",
-        "stdlib_docstrings", "stdlib_packages", "stdlib_tokens", "stdlib_topics",
+        "stdlib_docstrings", "stdlib_chats", "stdlib_packages", "stdlib_tokens", "stdlib_topics",
     ] = "stdlib"  # fmt: skip
     """The running Python's own standard library, files of text or rows, a dataset of the Hugging Face hub, or several of these."""
     paths: list[str] = field(default_factory=list)

@@ -145,7 +145,8 @@ def _defined(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef 
             yield from _defined(child, prefix)
 
 
-def _docstrings() -> Iterator[Row]:
+def _documented() -> Iterator[tuple[_Function, str, str]]:
+    """Functions with a docstring, their source without it, and its first line."""
     for function in _functions(standard_library_files()):
         text = ast.get_docstring(function.node) or ""
         first_line = text.strip().partition("\n")[0].strip()
@@ -155,8 +156,31 @@ def _docstrings() -> Iterator[Row]:
         behind = function.lines[end - 1].encode()[taken.end_col_offset or 0 :].strip()
         alone = not before.strip() and (not behind or behind.startswith(b"#"))  # on its lines
         if len(first_line) >= _SHORTEST_DOCSTRING and alone:
-            values = {"prompt": function.source(without=range(begin, end + 1)), "completion": first_line}
-            yield Row(function.name, function.place, values)
+            yield function, function.source(without=range(begin, end + 1)), first_line
+
+
+def _docstrings() -> Iterator[Row]:
+    for function, source, first_line in _documented():
+        yield Row(function.name, function.place, {"prompt": source, "completion": first_line})
+
+
+def _chats() -> Iterator[Row]:
+    for function, source, first_line in _documented():
+        turns = [
+            ("user", f"What is this function called?\n\n{source}"), ("assistant", f"{function.node.name}."),
+            ("user", "Which parameters does it take?"), ("assistant", _parameters(function.node.args)),
+            ("user", "What does it do?"), ("assistant", first_line),
+        ]  # fmt: skip
+        yield Row(function.name, function.place, {"messages": [{"role": role, "content": content} for role, content in turns]})
+
+
+def _parameters(arguments: ast.arguments) -> str:
+    """Their names in a sentence, without the object itself."""
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs) if a.arg not in ("self", "cls")]
+    names += [f"{stars}{a.arg}" for stars, a in (("*", arguments.vararg), ("**", arguments.kwarg)) if a is not None]
+    if not names:
+        return "It takes none."
+    return f"{', '.join(names[:-1])} and {names[-1]}." if len(names) > 1 else f"{names[0]}."
 
 
 def _packages() -> Iterator[Row]:
@@ -198,5 +222,6 @@ def _topics() -> Iterator[Row]:
 
 
 _MAKERS: dict[str, Callable[[], Iterator[Row]]] = {
-    "stdlib_docstrings": _docstrings, "stdlib_packages": _packages, "stdlib_tokens": _tokens, "stdlib_topics": _topics,
+    "stdlib_docstrings": _docstrings, "stdlib_chats": _chats,
+    "stdlib_packages": _packages, "stdlib_tokens": _tokens, "stdlib_topics": _topics,
 }  # fmt: skip

@@ -16,7 +16,7 @@ from gpt.data.config import SourceConfig
 from gpt.data.sources import ReadReport, Row, Source, open_source
 from gpt.errors import UserError
 
-SETS = ["stdlib_docstrings", "stdlib_packages", "stdlib_tokens", "stdlib_topics"]
+SETS = ["stdlib_docstrings", "stdlib_chats", "stdlib_packages", "stdlib_tokens", "stdlib_topics"]
 
 
 @cache
@@ -73,6 +73,28 @@ class TestEverySet:
         for name in ("stdlib", "stdlib_tokens"):
             with pytest.raises(UserError, match=r"^data=stdlib: this Python has no sources in .*; give text of your own"):
                 next(open_source(SourceConfig(source=name), "auto").rows(ReadReport()))
+
+
+class TestChats:
+    def test_three_questions_are_asked_about_a_function(self):
+        messages = row("stdlib_chats", "json/decoder.py:JSONDecoder.decode").values["messages"]
+        assert [m["role"] for m in messages] == ["user", "assistant"] * 3
+        asked, called, _, parameters, _, does = (m["content"] for m in messages)
+        assert asked.startswith("What is this function called?\n\ndef decode(self, s, _w=WHITESPACE.match):")
+        assert (called, parameters) == ("decode.", "s and _w.")
+        assert does == row("stdlib_docstrings", "json/decoder.py:JSONDecoder.decode").values["completion"]
+        assert does not in asked
+
+    @pytest.mark.parametrize(
+        ("signature", "said"),
+        [
+            ("self", "It takes none."), ("a", "a."), ("cls, a, b=1", "a and b."), ("a, /, b, *, c", "a, b and c."),
+            ("*args, key, **more", "key, *args and **more."),
+        ],
+    )  # fmt: skip
+    def test_parameters_are_named(self, signature, said):
+        (function,) = ast.parse(f"def f({signature}): pass").body
+        assert embedded._parameters(function.args) == said
 
 
 class TestDocstrings:
