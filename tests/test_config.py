@@ -67,6 +67,8 @@ def test_every_option_composes_and_validates(group, option, request):
     arguments = [f"{group}={option}", *NEEDS.get((group, option), [])]
     if (group, option) in NOT_TEXT:
         config = compose_use("inspect", arguments)
+    elif (group, option) == ("experiment", "finetune_distill"):  # its student's shape is that of gpt pretrain
+        config = compose(*arguments, f"distill.teacher={request.getfixturevalue('init')}")
     elif group == "experiment" and option in FROM_WEIGHTS:
         config = compose_run("finetune", [*arguments, f"init={request.getfixturevalue('init')}"])
     else:
