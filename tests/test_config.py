@@ -70,7 +70,9 @@ def test_every_option_composes_and_validates(group, option, request):
     elif (group, option) == ("experiment", "finetune_distill"):  # its student's shape is that of gpt pretrain
         config = compose(*arguments, f"distill.teacher={request.getfixturevalue('init')}")
     elif group == "experiment" and option in FROM_WEIGHTS:
-        config = compose_run("finetune", [*arguments, f"init={request.getfixturevalue('init')}"])
+        model = request.getfixturevalue("init")
+        teacher = [f"distill.teacher={model}"] if option == "finetune_distill" else []
+        config = compose_run("finetune", [*arguments, f"init={model}", *teacher])
     else:
         config = compose(*arguments)
     text = (CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8")
