@@ -149,8 +149,8 @@ class EvaluateConfig(ModelUse):
     output: str | None = None
     """Write the figures into this JSON file too."""
 
-    def validate(self) -> None:
-        """Raises UserError for values that cannot be."""
+    def validate_settings(self) -> None:
+        """Raises UserError for values that cannot be, whatever the model and the rows are."""
         super().validate()
         for name, low in (("stride", 0), ("context_length", 0), ("batch", 1), ("max_tokens", 0)):
             at_least(name, getattr(self, name), low)
@@ -167,8 +167,18 @@ class EvaluateConfig(ModelUse):
                     raise UserError(f"{name}={getattr(self, name)} is of tasks; name some, e.g. tasks=[lambada_openai]")
         if self.tasks_dir is not None and not self.tasks:
             raise UserError(f"tasks_dir={self.tasks_dir}: name the tasks to run, tasks=[...]")
-        validate_data(self.data)
         self._validate_metrics()
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot be."""
+        self.validate_settings()
+        validate_data(self.data)
+        if self.metrics and not self.on_examples:
+            why = "these are read as text" if self.examples is False else f"data={self.data.source} is text"
+            raise UserError(
+                f"metrics={shown(list(self.metrics))}: are of answers to the prompts of examples, and {why}; "
+                "name data with prompts and answers"
+            )
         if not self.tasks and self.on_examples:
             for name in ("stride", "max_tokens"):
                 if getattr(self, name):
@@ -190,17 +200,13 @@ class EvaluateConfig(ModelUse):
                 raise UserError(f"{name}={shown(value)} is of metrics; name some, e.g. metrics=[rouge]")
         if not self.metrics:
             return
-        named = f"metrics={shown(list(self.metrics))}"
         if self.tasks:
-            raise UserError(f"{named}: tasks have metrics of their own; leave one of the two out")
+            raise UserError(f"metrics={shown(list(self.metrics))}: tasks have metrics of their own; leave one of the two out")
         if "pass" in self.metrics and not self.allow_execution:
             raise UserError(
                 "metrics=[pass] runs Python code that the model wrote, on this machine and as you: it could read, change or delete all "
                 "that you can; add allow_execution=true if there is nothing to lose here, best in a container or a virtual machine"
             )
-        if not self.on_examples:
-            why = "these are read as text" if self.examples is False else f"data={self.data.source} is text"
-            raise UserError(f"{named}: are of answers to the prompts of examples, and {why}; name data with prompts and answers")
 
     @property
     def on_examples(self) -> bool:
@@ -411,7 +417,7 @@ COMMANDS = {
     "finetune": Command("train a model further, on prompts and completions, chats, classes or text", RunConfig, "finetune", trains=True),
     "generate": Command("continue a prompt with a trained model, or chat with it", GenerateConfig),
     "evaluate": Command(
-        "loss, perplexity and bits per byte of a model on text, its answers to prompts, how right a classifier is, or scores on tasks",
+        "loss of a model on text or examples, how right its answers or classes are, or its scores on tasks",
         EvaluateConfig,
         "evaluate",
     ),

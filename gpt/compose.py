@@ -88,6 +88,7 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
                 "(gpt pretrain starts from none)"
             )
         elif config.distill.teacher and not any(key.partition(".")[0] == "tokenizer" for key in (*chosen, *settings)):
+            refuse_no_run("distill.teacher", config.distill.teacher)
             prepare_environment(config.device, check=False)
             from gpt.inference.loading import tokenizer_of  # imports torch
 
@@ -160,6 +161,7 @@ def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None 
     if isinstance(config, EvaluateConfig):
         if config.model:
             refuse_no_run("model", config.model)  # before a text or the index of tasks is read, which takes seconds
+        config.validate_settings()
         if not any(name.partition(".")[0] == "data" for name in (*chosen, *settings)):
             _take_own_data(config)
         elif config.model and not config.tasks and config.examples == "auto":

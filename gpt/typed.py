@@ -165,5 +165,5 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
         place, _, name = candidate.rpartition(".")
         alike, near = (difflib.SequenceMatcher(None, *pair).ratio() for pair in ((last, name), (section, place)))
         if (alike >= 0.6 and near >= 0.6) or (alike >= 0.75 and uses[name] == 1) or (alike >= 0.4 and section == place != ""):
-            close.append((alike + near / 2, candidate))
-    return f". Did you mean {max(close)[1]}?" if close else ""
+            close.append((alike == 1, alike + near / 2, candidate))
+    return f". Did you mean {max(close)[2]}?" if close else ""

@@ -124,7 +124,7 @@ def test_an_unknown_key_deep_in_a_file():
         ("optimiser.lr", "optimizer.lr"), ("train.batch_token", "train.batch_tokens"), ("run.dirr", "run.dir"), ("paths", "data.paths"),
         ("data.field.text", "data.fields.text"), ("data.text", "data.fields.text"), ("fields.text", "data.fields.text"),
         ("data.part", "data.parts"), ("data.nme", "data.name"), ("name", None),
-        ("cluster.size", None), ("temperature", None), ("", None), ("🤖", None),
+        ("cluster.size", None), ("beams", None), ("temperature", "distill.temperature"), ("", None), ("🤖", None),
     ],
 )  # fmt: skip
 def test_the_nearest_key(typed, meant):

@@ -136,7 +136,8 @@ class Step:
         clock: StepClock,
         givers: list[Giver] | None = None,
     ) -> None:
-        self.givers, self._units = givers or [], cast(NextTokenLoss, unwrapped(objective)).units
+        inner = cast(NextTokenLoss, unwrapped(objective))
+        self.givers, self._units, self._loss = givers or [], inner.units, inner.loss
         self.objective, self.model, self.optimizers, self.average, self.counts = objective, model, optimizers, average, counts
         self.world, self.device, self.micro_batch, self.clock = world, device, micro_batch, clock
         self.grad_clip, self.skip_spikes = grad_clip, skip_spikes
@@ -180,7 +181,7 @@ class Step:
 
     def figures(self) -> dict[str, float]:
         """What the loss has to tell of the steps since it was last asked; all processes ask together."""
-        return cast(NextTokenLoss, unwrapped(self.objective)).loss.figures(self.world.sum_over_data)
+        return self._loss.figures(self.world.sum_over_data)
 
     @torch.no_grad()
     def _update(self, nll: Tensor, units: int, targets: int, measure: bool) -> None:

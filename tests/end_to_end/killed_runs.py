@@ -90,7 +90,7 @@ def main(file: Path, kills: int) -> None:
         run = runs / f"killed-{counts['runs']}"
         while True:
             more = counts["kills"] < kills
-            if ended_within(start(config, run.name), chance.uniform(0, duration / 2) if more else ALLOWED_SECONDS):
+            if ended_within(start(config, run.name), chance.uniform(0, 0.7 * duration) if more else ALLOWED_SECONDS):
                 break
             assert more, f"{run} does not end"
             counts["kills"] += 1
