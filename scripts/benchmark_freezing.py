@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_training import Candidate, NoMoreSteps, Pace, end
-from torch import Tensor
+from benchmark_training import BATCH, LENGTH, TOKENS, VOCAB, WIDTH, Candidate, NoMoreSteps, Pace, end, stock_gpt2, trainer
 
-VOCAB, BATCH, LENGTH, LAYERS, HEADS, WIDTH, FROZEN = 8192, 16, 256, 12, 6, 384, 10
-TOKENS = BATCH * LENGTH
+LAYERS, FROZEN = 12, 10
 RANK = 8
 ROWS = 1 << 15  # that there may be; the file is as large as what has been written of it
 STEPS, ROUNDS = 4, 9
@@ -88,53 +86,30 @@ def ours(pace: Pace, settings: list[str], epochs: str = "", rank: int = 0) -> No
             step(batch)
 
 
-def trainer(pace: Pace, frozen: bool = False, rank: int = 0, **settings: Any) -> None:
+def peer(pace: Pace, frozen: bool = False, rank: int = 0, **settings: Any) -> None:
     """transformers.Trainer, with the same layers frozen, or with peft's adapters."""
-    import transformers
-
-    class Paced(transformers.TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            pace.step()
-
-    class Tokens(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 1 << 20
-
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            tokens = torch.randint(VOCAB, (LENGTH,))
-            return {"input_ids": tokens, "labels": tokens}
-
-    none: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    shape = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=LENGTH, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, bos_token_id=0, eos_token_id=0, **none
-    )
-    model: Any = transformers.GPT2LMHeadModel(shape)
+    model = stock_gpt2(LAYERS)
     if frozen:
         for part in (model.transformer.wte, model.transformer.wpe, *model.transformer.h[:FROZEN]):
             part.requires_grad_(False)
     if rank:
-        import peft  # pyright: ignore[reportMissingImports]
+        import peft
 
         adapters = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, adapters)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = transformers.TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=BATCH, max_steps=1 << 16, use_cpu=True, dataloader_num_workers=0,
-            report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, bf16=True, **settings,
-        )  # fmt: skip
-        transformers.Trainer(model, arguments, train_dataset=Tokens(), callbacks=[Paced()]).train()
+    trainer(pace, model, bf16=True, **settings)
 
 
 CANDIDATES: dict[str, Callable[[Pace], None]] = {
     "ours, nothing frozen": partial(ours, settings=[]),
     "ours, frozen, first epoch": partial(ours, settings=FREEZE, epochs="first"),
     "ours, frozen, from the second epoch on": partial(ours, settings=FREEZE, epochs="later"),
-    "Trainer, nothing frozen": trainer,
-    "Trainer, frozen": partial(trainer, frozen=True),
-    "Trainer, frozen, torch_compile": partial(trainer, frozen=True, torch_compile=True),
+    "Trainer, nothing frozen": peer,
+    "Trainer, frozen": partial(peer, frozen=True),
+    "Trainer, frozen, torch_compile": partial(peer, frozen=True, torch_compile=True),
     f"ours, LoRA of rank {RANK} on q, k, v": partial(ours, settings=LORA, rank=RANK),
-    f"peft + Trainer, LoRA of rank {RANK} on c_attn": partial(trainer, rank=RANK),
-    f"peft + Trainer, LoRA of rank {RANK} on c_attn, torch_compile": partial(trainer, rank=RANK, torch_compile=True),
+    f"peft + Trainer, LoRA of rank {RANK} on c_attn": partial(peer, rank=RANK),
+    f"peft + Trainer, LoRA of rank {RANK} on c_attn, torch_compile": partial(peer, rank=RANK, torch_compile=True),
 }
 
 
@@ -157,11 +132,12 @@ def freezing() -> None:
             turns[candidate.name].append(seconds)
     memory = {candidate.name: candidate.finish() or 0.0 for candidate in running}
     seconds = {name: statistics.median(s) for name, s in turns.items()}
-    peers = {kind: min((s for name, s in seconds.items() if name.startswith(kind)), default=None) for kind in ("Trainer, frozen", "peft")}
-    print("| | tokens/s | of the best peer's | peak memory, MB |\n| --- | ---: | ---: | ---: |")
+    print("| | tokens/s | of its peer's | of that with torch_compile | peak memory, MB |\n| --- | ---: | ---: | ---: | ---: |")
     for name, s in seconds.items():
-        peer = peers["peft"] if "LoRA" in name else peers["Trainer, frozen"] if "frozen, " in f"{name}, " else None
-        print(f"| {name} | {TOKENS / s:,.0f} | {f'{peer / s:.2f}' if peer else ''} | {memory[name]:,.0f} |")
+        peer_name = next((n for n in seconds if n.startswith("peft" if "LoRA" in name else "Trainer, frozen")), "")
+        ratios = [seconds[n] / s if n in seconds and "nothing" not in name else None for n in (peer_name, f"{peer_name}, torch_compile")]
+        cells = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        print(f"| {name} | {TOKENS / s:,.0f} | {cells} | {memory[name]:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -98,8 +98,19 @@ def ours(pace: Pace, dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
     _loop(pace, model, build_optimizers(config.optimizer, model, dtype), forward)
 
 
-def trainer(pace: Pace, **settings: Any) -> None:
-    """transformers.Trainer."""
+def stock_gpt2(layers: int) -> Any:
+    """transformers' GPT-2 in the shape of the candidates."""
+    import transformers
+
+    none: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # dropout: the others have none
+    shape = transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=LENGTH, n_layer=layers, n_head=HEADS, n_embd=WIDTH, bos_token_id=0, eos_token_id=0, **none
+    )
+    return transformers.GPT2LMHeadModel(shape)
+
+
+def trainer(pace: Pace, model: Any = None, **settings: Any) -> None:
+    """transformers.Trainer, by default on a GPT-2 of which all trains."""
     import transformers
 
     class Paced(transformers.TrainerCallback):
@@ -114,16 +125,12 @@ def trainer(pace: Pace, **settings: Any) -> None:
             tokens = torch.randint(VOCAB, (LENGTH,))
             return {"input_ids": tokens, "labels": tokens}
 
-    none: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # dropout: the others have none
-    shape = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=LENGTH, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, bos_token_id=0, eos_token_id=0, **none
-    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder, per_device_train_batch_size=BATCH, max_steps=1 << 16, use_cpu=True, dataloader_num_workers=0,
             report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, **settings,
         )  # fmt: skip
-        model = transformers.GPT2LMHeadModel(shape)
+        model = model if model is not None else stock_gpt2(LAYERS)
         transformers.Trainer(model, arguments, train_dataset=Tokens(), callbacks=[Paced()]).train()
 
 
