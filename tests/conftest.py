@@ -61,3 +61,28 @@ def sentencepiece_tokenizer():
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens(["<unk>", "</s>"])
     return Tokenizer(backend)
+
+
+# Small fine-tuning runs (tests/training/finetuning.py)
+
+
+@pytest.fixture(scope="session")
+def init(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model to fine-tune, as a Hugging Face directory."""
+    from tests.training.finetuning import save_small_model
+
+    return save_small_model(tmp_path_factory.mktemp("init") / "model")
+
+
+@pytest.fixture
+def quick_compositions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same groups are composed once only."""
+    from tests.training.finetuning import compose_groups_once
+
+    compose_groups_once(monkeypatch)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with model/, without a report, which takes longer than the run."""
+    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")

@@ -21,20 +21,12 @@ from gpt.errors import UserError
 from gpt.model.transformer import GPT
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Result, Trainer
-from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, save_small_model, stop_in_the_middle, write_rows
+from tests.training.finetuning import SUMS, finetune_config, stop_in_the_middle, write_rows
 
 GRADUAL = ["freeze=last_n_only", "unfreeze=[{at: 7, blocks: '0'}, {at: 0.75, all: true}]", "layerwise_lr_decay=0.8", "train.budget=20steps"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    compose_groups_once(monkeypatch)
-    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
-
-
-@pytest.fixture(scope="module")
-def init(tmp_path_factory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("init") / "model")
+pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from gpt.errors import UserError
 from gpt.model.transformer import GPT
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Result, Trainer
-from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, save_small_model, stop_in_the_middle, write_rows
+from tests.training.finetuning import SUMS, finetune_config, stop_in_the_middle, write_rows
 from tests.training.test_processes import assert_same_losses, launch
 from tests.training.test_trainer import assert_same_run
 
@@ -28,15 +27,7 @@ PAIRS = [
 LEARNING = ["optimizer.lr=0.003", "train.budget=40steps", "train.eval_every=20", "data.holdout=0.2"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    compose_groups_once(monkeypatch)
-    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
-
-
-@pytest.fixture(scope="module")
-def init(tmp_path_factory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("init") / "model")
+pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
 
 
 @pytest.fixture

@@ -18,21 +18,13 @@ from gpt.finetuning.vocabulary import Origins, find_origins
 from gpt.model.transformer import GPT
 from gpt.training.checkpoint import list_checkpoints
 from gpt.training.trainer import Trainer
-from tests.training.finetuning import SMALL, compose_groups_once, save_small_model, stop_in_the_middle, write_rows
+from tests.training.finetuning import SMALL, stop_in_the_middle, write_rows
 from tests.training.test_trainer import assert_same_run, losses
 
 TRAIN = ["adapt_tokenizer=train", "tokenizer=bpe", "tokenizer.vocab_size=320"]
 
 
-@pytest.fixture(autouse=True)
-def quick_compositions(monkeypatch):
-    compose_groups_once(monkeypatch)
-    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
-
-
-@pytest.fixture(scope="module")
-def init(tmp_path_factory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("init") / "model")
+pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
 
 
 @pytest.fixture

@@ -23,9 +23,7 @@ from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
 from tests.training.finetuning import (
     SUMS,
-    compose_groups_once,
     finetune_config,
-    save_small_model,
     stop_in_the_middle,
     write_rows,
 )
@@ -50,20 +48,7 @@ PEOPLE = [
 LEARN = ["train.budget=40steps", "train.eval_every=20", "train.batch_tokens=1024", "optimizer.lr=0.01", "data.holdout=0.2"]
 
 
-@pytest.fixture(autouse=True)
-def quick_compositions(monkeypatch):
-    compose_groups_once(monkeypatch)
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """Runs end with model/, without a report, which takes longer than the run."""
-    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
-
-
-@pytest.fixture(scope="module")
-def init(tmp_path_factory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("init") / "model")
+pytestmark = pytest.mark.usefixtures("quick_compositions")
 
 
 @pytest.fixture

@@ -24,9 +24,7 @@ from gpt.training.trainer import Trainer
 from tests.training.finetuning import (
     CONTEXT,
     SUMS,
-    compose_groups_once,
     finetune_config,
-    save_small_model,
     stop_in_the_middle,
     write_rows,
 )
@@ -37,15 +35,7 @@ TOKENS = 257
 LIKELY = ["distill.top_k=8", "train.budget=3epochs", "train.batch_tokens=512", "freeze.cache=off"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    compose_groups_once(monkeypatch)
-    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
-
-
-@pytest.fixture(scope="module")
-def init(tmp_path_factory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("init") / "model")
+pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
 
 
 @pytest.fixture(scope="module")

@@ -19,24 +19,14 @@ from tests.training.finetuning import (
     CHATS,
     CONTEXT,
     SUMS,
-    compose_groups_once,
     finetune_config,
     nats,
-    save_small_model,
     stop_in_the_middle,
     write_rows,
 )
 from tests.training.test_trainer import assert_same_run, losses
 
-
-@pytest.fixture(autouse=True)
-def quick_compositions(monkeypatch):
-    compose_groups_once(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def init(tmp_path_factory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("init") / "model")
+pytestmark = pytest.mark.usefixtures("quick_compositions")
 
 
 @pytest.fixture
@@ -48,12 +38,6 @@ def config_of(tmp_path, init):
         return finetune_config(tmp_path, init, source, *overrides)
 
     return compose
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """Runs end with model/, without a report, which takes longer than the run."""
-    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
 
 
 def train_documents(run: Path) -> int:

@@ -19,16 +19,11 @@ from gpt.model.transformer import GPT
 from gpt.training.export import export
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
-from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, save_small_model, stop_in_the_middle, write_rows
+from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, stop_in_the_middle, write_rows
 
 LORA = ["lora.rank=4", "optimizer.lr=2e-2", "train.log_every=1"]
 TOKENS = torch.arange(32).reshape(2, 16) + 40
 CLOSE: Any = {"rtol": 1e-4, "atol": 3e-5}
-
-
-@pytest.fixture(scope="module")
-def init(tmp_path_factory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("init"))
 
 
 @pytest.fixture
