@@ -1,4 +1,5 @@
-"""Trains a config undisturbed, then again and again in processes that are killed at random instants, each going on where the last one was.
+"""Trains a config undisturbed, then again and again in processes that are killed at random instants, every other one
+within a checkpoint, each going on where the last one was.
 
 `killed_runs.py <config file> <kills>`. Everything is imported once and every process is a fork, so that a start takes little. A run that
 comes to its end is compared with the undisturbed one, file by file, and another is begun, until there were so many kills. Prints, as JSON,
@@ -46,10 +47,10 @@ def start(config: RunConfig, run_id: str) -> int:
         os._exit(code)
 
 
-def ended_within(child: int, seconds: float) -> bool:
-    """Whether a process ends by itself in time, and well; else it is killed."""
+def ended_within(child: int, seconds: float, aim: Path | None = None) -> bool:
+    """Whether a process ends by itself in time, and well; else it is killed, with `aim` not before something is being written there."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or not (aim is None or unfinished(aim)):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             assert status == 0, f"a run ended with status {status}"
@@ -90,7 +91,8 @@ def main(file: Path, kills: int) -> None:
         run = runs / f"killed-{counts['runs']}"
         while True:
             more = counts["kills"] < kills
-            if ended_within(start(config, run.name), chance.uniform(0, 0.7 * duration) if more else ALLOWED_SECONDS):
+            aim = run if more and counts["kills"] % 2 else None  # every other kill comes while a checkpoint is being written
+            if ended_within(start(config, run.name), chance.uniform(0, duration / 2) if more else ALLOWED_SECONDS, aim):
                 break
             assert more, f"{run} does not end"
             counts["kills"] += 1
