@@ -6,7 +6,6 @@ candidate runs in a process of its own and they take turns.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_training import BATCH, LENGTH, TOKENS, VOCAB, WIDTH, Candidate, NoMoreSteps, Pace, end, stock_gpt2, trainer
+from benchmark_training import BATCH, LENGTH, TOKENS, VOCAB, WIDTH, NoMoreSteps, Pace, end, stock_gpt2, take_turns, trainer
 
 LAYERS, FROZEN = 12, 10
 RANK = 8
 ROWS = 1 << 15  # that there may be; the file is as large as what has been written of it
-STEPS, ROUNDS = 4, 9
+ROUNDS = 9
 MODEL = [
     "model=gpt2-mini", f"model.n_layer={LAYERS}", f"model.context_length={LENGTH}", f"model.vocab_size={VOCAB}", "optimizer=finetune",
     f"train.batch_tokens={TOKENS}",
@@ -117,27 +116,13 @@ def freezing() -> None:
     """A step of fine-tuning, ours and others', in turn: speed and memory."""
     print(f"\n### A step of fine-tuning, bf16, {LAYERS} layers, {WIDTH} wide, vocabulary {VOCAB:,}, B {BATCH} x T {LENGTH}")
     print(f"Frozen: the embeddings, the head that shares their weights, and the first {FROZEN} blocks.\n")
-    running = []
-    for name in CANDIDATES:
-        candidate = Candidate(name, __file__)
-        if candidate.run(3) is None:
-            print(f"- left out: {name}: {candidate.problem()}")
-        else:
-            running.append(candidate)
-    turns: dict[str, list[float]] = {candidate.name: [] for candidate in running}
-    for _ in range(ROUNDS):
-        for candidate in running:
-            seconds = candidate.run(STEPS)
-            assert seconds is not None, candidate.problem()
-            turns[candidate.name].append(seconds)
-    memory = {candidate.name: candidate.finish() or 0.0 for candidate in running}
-    seconds = {name: statistics.median(s) for name, s in turns.items()}
+    seconds, memory = take_turns(list(CANDIDATES), __file__, ROUNDS)
     print("| | tokens/s | of its peer's | of that with torch_compile | peak memory, MB |\n| --- | ---: | ---: | ---: | ---: |")
     for name, s in seconds.items():
         peer_name = next((n for n in seconds if n.startswith("peft" if "LoRA" in name else "Trainer, frozen")), "")
         ratios = [seconds[n] / s if n in seconds and "nothing" not in name else None for n in (peer_name, f"{peer_name}, torch_compile")]
         cells = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-        print(f"| {name} | {TOKENS / s:,.0f} | {cells} | {memory[name]:,.0f} |")
+        print(f"| {name} | {TOKENS / s:,.0f} | {cells} | {memory[name] or 0:,.0f} |")
 
 
 if __name__ == "__main__":

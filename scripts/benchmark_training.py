@@ -277,21 +277,32 @@ def training(names: list[str] | None = None) -> None:
         names: of CANDIDATES; None: all.
     """
     print(f"\n### A training step, {LAYERS} layers, {WIDTH} wide, vocabulary {VOCAB:,}, B {BATCH} x T {LENGTH}\n")
+    _report(*take_turns(names or list(CANDIDATES), __file__, ROUNDS))
+
+
+def take_turns(names: list[str], script: str, rounds: int) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Median seconds of a step and peak memory in MB of each candidate that runs here; of the others it is said why not.
+
+    Args:
+        names: of the candidates.
+        script: that runs one, given its name.
+        rounds: turns of each.
+    """
     running = []
-    for name in names or CANDIDATES:
-        candidate = Candidate(name)
+    for name in names:
+        candidate = Candidate(name, script)
         if candidate.run(3) is None:  # compiles, and allocates what the optimizer keeps
             print(f"- left out: {name}: {candidate.problem()}")
         else:
             running.append(candidate)
     turns: dict[str, list[float]] = {candidate.name: [] for candidate in running}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for candidate in running:
             seconds = candidate.run(STEPS)
             assert seconds is not None, candidate.problem()
             turns[candidate.name].append(seconds)
     memory = {candidate.name: candidate.finish() for candidate in running}
-    _report({name: statistics.median(seconds) for name, seconds in turns.items()}, memory)
+    return {name: statistics.median(seconds) for name, seconds in turns.items()}, memory
 
 
 def _report(seconds: dict[str, float], memory: dict[str, float | None]) -> None:

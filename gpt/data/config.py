@@ -12,8 +12,10 @@ FILE_SOURCES = ("text", "jsonl", "parquet")
 """Sources that read `data.paths`."""
 TEXT_SOURCES = ("stdlib", "text", "stdlib_topics")
 """Sources of plain text, whatever the command."""
-EXAMPLE_SOURCES = ("stdlib_docstrings", "stdlib_chats", "stdlib_packages", "stdlib_tokens")
-"""Sources of examples to fine-tune on, which have no plain text. The others hold rows, which may be either."""
+EXAMPLE_SOURCES = {
+    "stdlib_docstrings": "prompt_completion", "stdlib_chats": "messages", "stdlib_packages": "text_label", "stdlib_tokens": "tokens_tags",
+}  # fmt: skip
+"""Sources of examples to fine-tune on, which have no plain text, with their format. The others hold rows, which may be either."""
 BESIDE_FIELDS = ("answers", "test")
 """Fields of a row that say how an answer is checked: nothing of them is learned, and no row is made of them alone."""
 LossOn = Literal["auto", "completion", "assistant", "all"]

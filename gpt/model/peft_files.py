@@ -357,7 +357,8 @@ def _read_tensors(directory: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if file.is_file():
         try:
             with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                names = opened.keys()
+                return {name: opened.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}); copy it again") from error
     if not (directory / ADAPTER_PICKLE).is_file():

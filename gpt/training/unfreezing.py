@@ -33,10 +33,8 @@ def check_plan(config: RunConfig) -> None:
         UserError: none can.
     """
     model, problem = expected_model(config), None
-    told = {"stdlib_packages": "text_label", "stdlib_tokens": "tokens_tags"}.get(config.data.source, config.data.format)
+    told = EXAMPLE_SOURCES.get(config.data.source, config.data.format)
     kinds = {"text_label": ("sequence",), "tokens_tags": ("tokens",), "auto": ("sequence", "tokens")}.get(told, ())
-    if told == "auto" and config.data.source in EXAMPLE_SOURCES:
-        kinds = ()  # of those that remain, the rows are known to be texts to continue
     teaches = kinds if config.command == "finetune" and config.on_examples and model.head == "language_model" else ()
     for shape in (model, *(replace(model, head=head, classes=["0", "1"]) for head in teaches)):
         try:
