@@ -230,10 +230,17 @@ def table(plan: Plan, model: nn.Module, peak_lr: Callable[[str], float]) -> list
     for name, p in model.named_parameters():
         module = ".".join(name.split(".")[:2]) if name.startswith(("embeddings.", "blocks.")) else name.partition(".")[0]
         stage = next((s for s in plan.stages if name in s.names), None)
-        before = rows.get(module, TableRow(module, 0, 0, None, 0.0))
+        before = rows.get(module, TableRow(module, 0, 0, None, 0.0, 0))
         lr, since = before.lr, before.since
         if stage is not None:
             lr = max(lr or 0.0, peak_lr(name))
-            since = stage.at if before.lr is None else min(since, stage.at)
-        rows[module] = TableRow(module, before.parameters + p.numel(), before.trains + (p.numel() if stage else 0), lr, since)
+            since = stage.at if before.lr is None else max(since, stage.at, key=lambda at: [s.at for s in plan.stages].index(at))
+        rows[module] = TableRow(
+            module,
+            before.parameters + p.numel(),
+            before.trains + (p.numel() if stage else 0),
+            lr,
+            since,
+            before.first + (p.numel() if stage is plan.stages[0] else 0),
+        )
     return list(rows.values())

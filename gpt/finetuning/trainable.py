@@ -17,7 +17,9 @@ class TableRow:
     lr: float | None
     """Peak learning rate; of several the highest. None: none trains."""
     since: float
-    """0: from the beginning; else as `Stage.at`."""
+    """When the last of them begin: 0: at the beginning; else as `Stage.at`."""
+    first: int = 0
+    """How many train from the beginning."""
 
 
 HEAD = ("module", "parameters", "trains", "learning rate", "")
@@ -39,7 +41,7 @@ def table_cells(rows: Sequence[TableRow]) -> list[tuple[str, str, str, str, str]
 
 def counts(rows: Sequence[TableRow]) -> tuple[int, int]:
     """How many parameters train at the beginning, and how many there are."""
-    return sum(row.trains for row in rows if not row.since), sum(row.parameters for row in rows)
+    return sum(row.first for row in rows), sum(row.parameters for row in rows)
 
 
 def begins(row: TableRow) -> str:

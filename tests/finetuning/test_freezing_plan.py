@@ -201,3 +201,14 @@ def test_the_plan_may_be_made_of_a_model_that_is_nowhere():
     with torch.device("meta"):
         away = GPT(dataclasses.replace(gpt().config))
     assert plan_freezing(FreezeConfig(first_n_blocks=1), [], away) == plan_freezing(FreezeConfig(first_n_blocks=1), [], gpt())
+
+
+def test_a_module_of_which_a_part_begins_later_says_so():
+    model = gpt()
+    plan = plan_freezing(FreezeConfig(patterns=["blocks.0"], except_=["*norm*"]), [UnfreezeConfig(at=20, blocks="0")], model)
+    row = next(row for row in table(plan, model, lambda name: 0.01) if row.module == "blocks.0")
+    norms = sum(p.numel() for name, p in model.blocks[0].named_parameters() if "norm" in name)
+    assert (row.first, row.trains, row.since) == (norms, row.parameters, 20)
+    assert f"{sum(p.numel() for p in model.parameters()) - row.parameters + norms:,} (" in write_table(
+        table(plan, model, lambda name: 0.01)
+    )

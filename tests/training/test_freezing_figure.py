@@ -18,8 +18,11 @@ from gpt.training.report import write_live_report, write_report
 from gpt.training.trainer import Trainer
 
 TOKENS = TableRow("embeddings.tokens", 1000, 0, None, 0)
-BLOCKS = [TableRow(f"blocks.{i}", 400, 0 if i < 2 else 400, None if i < 2 else 3e-4 * (i - 1), 0 if i < 3 else 0.25) for i in range(4)]
-NORM = TableRow("final_norm", 10, 10, 6e-4, 0)
+BLOCKS = [
+    TableRow(f"blocks.{i}", 400, 0 if i < 2 else 400, None if i < 2 else 3e-4 * (i - 1), 0 if i < 3 else 0.25, 400 if i == 2 else 0)
+    for i in range(4)
+]
+NORM = TableRow("final_norm", 10, 10, 6e-4, 0, 10)
 ROWS = [TOKENS, *BLOCKS, NORM]
 
 
