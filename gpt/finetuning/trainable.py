@@ -18,7 +18,7 @@ class TableRow:
     """Peak learning rate; of several the highest. None: none trains."""
     since: float
     """When the last of them begin: 0: at the beginning; else as `Stage.at`."""
-    first: int = 0
+    first: int
     """How many train from the beginning."""
 
 

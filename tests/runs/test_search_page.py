@@ -68,7 +68,7 @@ def test_the_table_is_aligned_and_says_why_a_try_failed() -> None:
 def test_a_run_is_measured_by_its_files(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     assert measure(run) == ([16384.0] * 20, None, 1.0)
-    (run / TRAINABLE).write_text(json.dumps([asdict(TableRow("a", 30, 10, 1.0, 0)), asdict(TableRow("b", 10, 10, 1.0, 0.5))]))
+    (run / TRAINABLE).write_text(json.dumps([asdict(TableRow("a", 30, 10, 1.0, 0, 10)), asdict(TableRow("b", 10, 10, 1.0, 0.5, 0))]))
     (run / "metrics.jsonl").write_text('{"step": 1, "memory_bytes": 7}\n{"step": 2, "memory_bytes": 5}\n')
     assert measure(run) == ([], 7, 0.25), "what begins later does not train yet"
 

@@ -17,7 +17,7 @@ from gpt.training.freezing_figure import TRAINABLE, draw_stack, freezing_section
 from gpt.training.report import write_live_report, write_report
 from gpt.training.trainer import Trainer
 
-TOKENS = TableRow("embeddings.tokens", 1000, 0, None, 0)
+TOKENS = TableRow("embeddings.tokens", 1000, 0, None, 0, 0)
 BLOCKS = [
     TableRow(f"blocks.{i}", 400, 0 if i < 2 else 400, None if i < 2 else 3e-4 * (i - 1), 0 if i < 3 else 0.25, 400 if i == 2 else 0)
     for i in range(4)
@@ -79,20 +79,20 @@ def test_the_stack_has_a_box_for_each_module_and_a_tied_head_looks_like_its_embe
     assert texts.count("frozen") == 3
     norm, third, second = bars(svg)
     assert norm == third == pytest.approx(2 * second), "rates are to scale"
-    untied = draw_stack([*ROWS, TableRow("head", 1000, 1000, 3e-4, 0)])
+    untied = draw_stack([*ROWS, TableRow("head", 1000, 1000, 3e-4, 0, 1000)])
     assert "head (tied)" not in untied
     assert len(boxes(untied)) == 7
 
 
 def test_a_box_is_filled_as_far_as_it_trains() -> None:
-    stack = boxes(draw_stack([TableRow("blocks.0", 1000, 250, 1e-3, 0), TableRow("blocks.1", 10**6, 1, 1e-3, 0)]))
+    stack = boxes(draw_stack([TableRow("blocks.0", 1000, 250, 1e-3, 0, 250), TableRow("blocks.1", 10**6, 1, 1e-3, 0, 1)]))
     filled, whole = ([width for _, width, look in stack if colour in look] for colour in ("--accent", "--faint"))
     assert filled[1] == pytest.approx(whole[1] / 4, rel=0.01)
     assert 0 < filled[0] < whole[0] / 10, "what is little is still seen"
 
 
 def test_a_deep_model_stays_a_small_picture() -> None:
-    svg = draw_stack([TOKENS, *(TableRow(f"blocks.{i}", 400, 400, 1e-3, 0) for i in range(96)), NORM])
+    svg = draw_stack([TOKENS, *(TableRow(f"blocks.{i}", 400, 400, 1e-3, 0, 400) for i in range(96)), NORM])
     assert len(boxes(svg)) == 99
     assert float(re.findall(r'viewBox="0 0 400 (\S+)"', svg)[0]) < 320
     tops = [top for top, *_ in boxes(svg)]
@@ -100,7 +100,7 @@ def test_a_deep_model_stays_a_small_picture() -> None:
 
 
 def test_modules_are_escaped() -> None:
-    assert "<b>" not in draw_stack([TableRow("<b>", 1, 1, 1.0, 0)])
+    assert "<b>" not in draw_stack([TableRow("<b>", 1, 1, 1.0, 0, 1)])
 
 
 def test_the_loss_is_marked_where_more_began_to_train(tmp_path: Path) -> None:
