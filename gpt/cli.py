@@ -125,7 +125,8 @@ def _options(arguments: list[str], own: Sequence[str]) -> tuple[list[str], Path 
 
 
 def _run_command(command: str, arguments: list[str], config_dir: Path | None, show: bool) -> int:
-    from gpt.compose import compose_run, compose_use, sweep_values
+    from gpt.arguments import sweep_values
+    from gpt.compose import compose_run, compose_use
 
     compose, trains = compose_run if COMMANDS[command].config is RunConfig else compose_use, COMMANDS[command].trains
     try:

@@ -8,53 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import os
 import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
+from gpt.arguments import config_directory, expanded, groups, is_word, read_arguments
 from gpt.commands import COMMANDS, EvaluateConfig
 from gpt.config import DeviceName, RunConfig
 from gpt.data.config import TEXT_SOURCES, TokenizerConfig
 from gpt.errors import UserError
 from gpt.runtime.environment import prepare_environment
-from gpt.typed import from_dict, key_of, nearest, nearest_and_all, nearest_key, schema_keys, shown
-
-# What each command calls the run or the model that it works on.
-_MODEL_KEYS = {
-    **dict.fromkeys(("generate", "evaluate", "inspect", "inspect tokens"), "model"),
-    "export": "run",
-    **dict.fromkeys(("finetune", "parity", "precompile"), "init"),
-    "runs": "dir",
-}
-MOST_RUNS = 1000  # of a sweep: more is a slip
-_OF_THE_SWEEP = ("run.id", "run.dir", "resume")  # the same for all its runs, word for word
-
-
-def config_directory() -> Path:
-    """The folder of Hydra groups: inside the package when installed, beside it in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def groups(overlay: Path | None = None) -> dict[str, list[str]]:
-    """Group name -> its options, built in and of an overlay folder.
-
-    Raises:
-        UserError: there is no such folder, or one of its options has the name of a built-in one.
-    """
-    found = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in config_directory().iterdir() if folder.is_dir()}
-    if overlay and not overlay.is_dir():
-        raise UserError(f"--config-dir {overlay}: no such folder")
-    for group in found if overlay else ():
-        own = {file.stem for file in (typing.cast(Path, overlay) / group).glob("*.yaml")}
-        if taken := sorted(own & found[group]):
-            raise UserError(f"--config-dir {overlay}: {group}/{taken[0]}.yaml has the name of a built-in option; give it another")
-        found[group] |= own
-    return {group: sorted(options) for group, options in sorted(found.items())}
+from gpt.typed import from_dict, key_of, nearest, schema_keys, shown
 
 
 def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None = None) -> RunConfig:
@@ -65,7 +32,7 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
     """
     keys, options = schema_keys(RunConfig), groups(config_dir)
     del keys["command"]
-    settings = dict(_read(argument, keys, options, command) for argument in arguments)
+    settings = read_arguments(arguments, keys, options, command)
     chosen = {name: settings.pop(name) for name in list(settings) if name in options}
     resume = settings.get("resume") or "auto"
     if not COMMANDS[command].trains and resume not in ("auto", "never"):
@@ -149,8 +116,8 @@ def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None 
     schema = COMMANDS[command].config
     keys = schema_keys(schema)
     options = {group: names for group, names in groups(config_dir).items() if dataclasses.is_dataclass(keys.get(group))}
-    words = [argument for argument in arguments if COMMANDS[command].words and _is_word(argument)]
-    settings = dict(_read(argument, keys, options, command) for argument in arguments if argument not in words)
+    words = [argument for argument in arguments if COMMANDS[command].words and is_word(argument)]
+    settings = read_arguments([argument for argument in arguments if argument not in words], keys, options, command)
     if words:
         if (key := COMMANDS[command].words) in settings:
             raise UserError(f"{words[0]}: give words or {key}=[...], not both")
@@ -168,11 +135,6 @@ def compose_use(command: str, arguments: Sequence[str], config_dir: Path | None 
             config.examples = _reads_examples(config) or "auto"
     config.validate()
     return config
-
-
-def _is_word(argument: str) -> bool:
-    """Whether an argument is a plain word and not `key=value`; a path may hold `=`, a key no `/`."""
-    return argument != "" and ("=" not in argument or "/" in argument.partition("=")[0])
 
 
 def _take_own_data(config: EvaluateConfig) -> None:
@@ -204,11 +166,6 @@ def _reads_examples(config: EvaluateConfig) -> bool:
     from gpt.inference.loading import read_shape  # imports torch
 
     return read_shape(config.model, config.allow_pickle, "model")[0].head != "language_model"
-
-
-def expanded(path: str) -> Path:
-    """A path with `~` as the home directory, where there is one of that name."""
-    return Path(os.path.expanduser(path))
 
 
 def refuse_no_run(key: str, path: str, remedy: str = "") -> None:
@@ -272,139 +229,6 @@ def load_config(file: Path) -> RunConfig:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _read(argument: str, keys: dict[str, Any], options: dict[str, list[str]], command: str) -> tuple[str, Any]:
-    """`key=value` -> the key and its value; `group=option` -> the group and its option, or None for none.
-
-    Raises:
-        UserError: no such key, no such option, or not one value.
-    """
-    name, equals, text = argument.partition("=")
-    bare, known = name.lstrip("+~"), [*keys, *(group for group in options if group not in keys)]
-    if any("\ud800" <= character <= "\udfff" for character in argument):  # how Python holds bytes that it cannot decode
-        raise UserError(f"{argument}: this argument is not valid UTF-8")
-    if not bare or not (equals or name.startswith("~")):
-        raise UserError(f"{argument or repr('')}: must be {_meant(argument, known, options, command)}")
-    if bare not in known:
-        raise UserError(f"{argument}: no such key{nearest_key(bare, known) or '; --help lists them'}")
-    if name.startswith("~"):
-        raise UserError(f"{argument}: nothing can be removed from the config, only set: {bare}=...")
-    if name != bare:
-        raise UserError(f"{argument}: nothing can be added to the config, only set: {bare}={text}")
-    if name in options:
-        return name, _option(name, text, options[name], optional=name not in keys)
-    return name, _value(name, text, keys[name])
-
-
-def _meant(word: str, known: list[str], options: dict[str, list[str]], command: str) -> str:
-    """What a word without `=` may have been meant to be."""
-    if word in known:
-        return f"{word}=<{'option' if word in options else 'value'}>, without spaces"
-    of = [f"{group}={word}" for group, names in options.items() if word in names] or _meant_path(word, options, command)
-    return f"key=value. Did you mean {of[0]}?" if len(of) == 1 else f"key=value{nearest(word, ['--help', '--cfg', '--config-dir', *known])}"
-
-
-def _meant_path(word: str, options: dict[str, list[str]], command: str) -> list[str]:
-    """The setting that a path may have been meant for, if the word is one."""
-    path = expanded(word)
-    is_model = command in _MODEL_KEYS and not os.path.isfile(path)
-    if "=" in word or not (os.path.exists(path) or "/" in word or word.startswith(".")):
-        return []
-    if is_model or (command == "pretrain" and (path / "config.yaml").is_file()):
-        return [f"{_MODEL_KEYS.get(command, 'resume')}={word}"]
-    source = path.suffix[1:] if path.suffix[1:] in options.get("data", ()) else "text"
-    return [f"data={source} data.paths=[{word}]"] if "data" in options else []
-
-
-def _option(group: str, text: str, options: list[str], optional: bool) -> str | None:
-    if text in options:
-        return text
-    if optional and text == "null":
-        return None
-    if "," in text and all(part in options for part in text.split(",")):
-        raise UserError(f"{group}={text}: must be one option")
-    raise UserError(f"{group}={text}: no such option{nearest_and_all(text, options)}")
-
-
-def _value(key: str, text: str, hint: Any) -> Any:
-    """A value as its key reads it: text word for word as the shell gave it, anything else in Hydra's grammar."""
-    if hint is str:
-        return text
-    if str in get_args(hint) and get_origin(hint) is not list:  # text or null
-        return None if text == "null" else text
-    is_list = get_origin(hint) is list
-    if is_list and not text.startswith("["):
-        return [text] if text else []
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        override = OverridesParser.create().parse_override(f"{key}={text}")
-    except (HydraException, ValueError, RecursionError) as error:
-        if not is_list:
-            return text  # the check of its type will say what it must be
-        sections = dataclasses.is_dataclass(get_args(hint)[0])
-        written = "[{name: value, name: value}, {name: value}]" if sections else "['first text', 'second text']"
-        raise UserError(f"{key}={text}: cannot be read as a list; it is written {written}") from error
-    if override.is_sweep_override():
-        raise UserError(f"{key}={text}: must be one value")
-    return override.value()
-
-
-def sweep_values(argument: str, config_dir: Path | None = None) -> list[str]:
-    """What a `key=a,b` stands for in a sweep of training runs, as one `key=value` each; all but a sweep stands for itself.
-
-    Hydra's grammar says what is a sweep: `a,b`, `range(1,4)`, `choice(a,b)`, and `glob(gpt*)` for the options of a group. Characters
-    outside of it, as in `~/a,~/b`, are taken as they are. A text with a comma of its own is put in quotes.
-
-    Raises:
-        UserError: it stands for nothing, for too much, or a value is missing beside a comma.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Glob, QuotedString, Transformer
-    from hydra.errors import HydraException
-
-    key, _, text = argument.partition("=")
-    keys, options = schema_keys(RunConfig), groups(config_dir)
-    if key in _OF_THE_SWEEP or key not in (*keys, *options) or not any(character in text for character in ",("):
-        return [argument]
-    hint = keys.get(key)
-    verbatim = key in options or hint is str or str in get_args(hint)  # a list reads a text without brackets so, too
-
-    def written(element: Any) -> str:
-        if isinstance(element, bool):
-            return str(element).lower()
-        if verbatim and isinstance(element, (str, QuotedString)):
-            return element.text if isinstance(element, QuotedString) else element
-        return Transformer.str(element)
-
-    try:
-        override = OverridesParser.create().parse_override(argument)
-    except (HydraException, ValueError, RecursionError) as error:
-        if "," not in text or any(character in text for character in "[](){}'\"\\"):
-            return [argument]  # which is refused, with its reason, where it cannot be read
-        values = [part.strip() for part in text.split(",")]
-        if "" in values:
-            raise UserError(f"{argument}: a value is missing beside a comma") from error
-        return [f"{key}={value}" for value in values]
-    value = override.value()
-    if override.is_interval_sweep():
-        raise UserError(f"{argument}: an interval has no end of values; write range(start,stop,step), or the values with commas")
-    if isinstance(value, Glob):
-        values = value.filter(options.get(key, []))
-    elif override.is_sweep_override():
-        try:
-            values = [written(element) for element in itertools.islice(override.sweep_iterator(), MOST_RUNS + 1)]
-        except (HydraException, ValueError) as error:
-            raise UserError(f"{argument}: cannot be counted; it is written range(start,stop,step), with a step that is not 0") from error
-    elif verbatim and get_origin(hint) is not list and isinstance(value, str) and text[:1] in ("'", '"'):
-        values = [value]
-    else:
-        return [argument]
-    if not values:
-        raise UserError(f"{argument}: stands for no value{'. There are: ' + ', '.join(options[key]) if key in options else ''}")
-    return [f"{key}={value}" for value in values]
-
-
 def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[str, Any], schema: type, root: str) -> dict[str, Any]:
     """The groups that the file `root` lists, composed by Hydra, with single keys set on top."""
     import yaml
@@ -421,7 +245,7 @@ def _hydra_compose(overlay: Path | None, chosen: dict[str, Any], settings: dict[
         with initialize_config_dir(str(config_directory().resolve()), version_base="1.3"):
             composed = compose(root, overrides)
         for key, value in settings.items():
-            OmegaConf.update(composed, key, _escaped(value), merge=False)
+            OmegaConf.update(composed, key, _escaped(value), merge=isinstance(value, dict), force_add=isinstance(value, dict))
         values = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
     except RecursionError as error:
         raise UserError(f"--config-dir {overlay}: the defaults list of a file leads back to that file") from error
@@ -479,6 +303,7 @@ def _resumed(directory: Path, chosen: dict[str, Any], settings: dict[str, Any], 
         section = values
         for part in path:
             section = section[part]
+        value = {**section[last], **value} if isinstance(value, dict) else value
         if path == ["run"] and value != section[last]:
             raise UserError(f"{key}={value}: resume={settings['resume']} continues that run in its own directory, {directory}")
         section[last] = value

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gpt.aws.config import TrainingJobConfig
 from gpt.data.config import DataConfig, LossOn, Metric, TokenizerConfig, holds_examples
 from gpt.errors import UserError
 from gpt.finetuning.config import DistillConfig, DPOConfig, FreezeConfig, UnfreezeConfig
@@ -176,13 +177,13 @@ class TrackingConfig:
 
 
 @dataclass
-class LaunchConfig:
+class LaunchConfig(TrainingJobConfig):
     """Where the run runs."""
 
-    name: Literal["local"] = "local"
-    """Here."""
+    name: Literal["local", "emulated", "sagemaker"] = "local"
+    """Here; here, as a SageMaker job would run (a rehearsal without AWS); or as a SageMaker training job."""
     nproc: Literal["auto"] | int = "auto"
-    """Processes on this machine, one per device; auto: as many as there are accelerators, or 1; with parallel=none always 1."""
+    """Processes on each machine, one per device; auto: as many as there are accelerators, or 1; with parallel=none always 1."""
     nnodes: int = 1
     """Machines; the same command is started on each."""
     node_rank: int = 0

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from gpt.arguments import config_directory, groups
 from gpt.commands import COMMANDS
-from gpt.compose import config_directory, groups
 from gpt.config import RunConfig
 from gpt.typed import key_of
 

@@ -26,6 +26,14 @@ def launch(config: RunConfig) -> int:
     """Run a training run where its config says, and return the exit code."""
     if config.precompile:
         return precompile(config)
+    if config.launch.name == "sagemaker":
+        from gpt.aws.jobs import submit
+
+        return submit(config)
+    if config.launch.name == "emulated":
+        from gpt.aws.emulator import emulate
+
+        return emulate(config)
     prepare_environment(config.device)
     from gpt.runtime.distributed import is_worker
 

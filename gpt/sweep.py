@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gpt.compose import MOST_RUNS, compose_run, groups, sweep_values
+from gpt.arguments import MOST_RUNS, groups, sweep_values
+from gpt.compose import compose_run
 from gpt.config import RunConfig
 from gpt.errors import UserError
 from gpt.runtime.signals import StopRequest

@@ -96,6 +96,9 @@ def _convert_to(key: str, value: Any, hint: Any) -> Any:
     """`value` as the plain type `hint`, or _WRONG."""
     if get_origin(hint) is Literal:
         return next((a for a in get_args(hint) if a == value and type(a) is type(value)), _WRONG)
+    if get_origin(hint) is dict:
+        items = value.items() if isinstance(value, dict) else None
+        return _WRONG if items is None else {str(name): _convert(f"{key}.{name}", item, get_args(hint)[1]) for name, item in items}
     if get_origin(hint) is list:
         items = value if isinstance(value, list) else [value] if isinstance(value, str) else None
         return _WRONG if items is None else [_convert(f"{key}[{i}]", item, get_args(hint)[0]) for i, item in enumerate(items)]
@@ -125,6 +128,8 @@ def _described(hint: Any) -> str:
         if is_dataclass(item):
             return f"a list of sections, [{{{fields(item)[0].name}: ...}}, ...]"
         return f"a list such as [{'a, b' if item is str else '1, 2'}]"
+    if get_origin(hint) is dict:
+        return f"names with values, {{name: {'text' if get_args(hint)[1] is str else '1'}, ...}}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]
 
 
@@ -132,6 +137,8 @@ def shown(value: Any) -> str:
     """A value as one would write it on the command line, cut to a readable length."""
     if isinstance(value, list):
         text = f"[{', '.join(shown(item) for item in value)}]"
+    elif isinstance(value, dict):
+        text = f"{{{', '.join(f'{name}: {shown(item)}' for name, item in value.items())}}}"
     elif value is None or isinstance(value, bool):
         text = {True: "true", False: "false", None: "null"}[value]
     else:

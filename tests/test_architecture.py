@@ -21,26 +21,32 @@ MAY_IMPORT = {
     "gpt": {"gpt.model", "gpt.training"},  # GPT, GPTConfig and Trainer, when first asked for
     "gpt.__main__": {"gpt.cli"},
     "gpt.cli": {
-        "gpt", "gpt.errors", "gpt.typed", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help",
+        "gpt", "gpt.errors", "gpt.typed", "gpt.arguments", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help",
         "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.data.command",
         "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command", "gpt.sweep", "gpt.plan_search", "gpt.runtime.environment",
     },
-    "gpt.sweep": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
+    "gpt.sweep": {"gpt.arguments", "gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
     "gpt.plan_search": {
         "gpt.compose", "gpt.config", "gpt.errors", "gpt.finetuning", "gpt.runs", "gpt.sweep", "gpt.typed",
         "gpt.training.trainer",  # inside a function: it says what is wrong with a plan
     },
-    "gpt.help": {"gpt.commands", "gpt.compose", "gpt.config", "gpt.model.config", "gpt.typed"},
+    "gpt.arguments": {"gpt.config", "gpt.errors", "gpt.typed"},
+    "gpt.help": {"gpt.arguments", "gpt.commands", "gpt.config", "gpt.model.config", "gpt.typed"},
     "gpt.compose": {
-        "gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed",
+        "gpt.arguments", "gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed",
         "gpt.runtime.environment", "gpt.inference.loading",  # for init=
     },
     "gpt.commands": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed"},
-    "gpt.config": {"gpt.data.config", "gpt.errors", "gpt.finetuning.config", "gpt.typed", "gpt.model.config", "gpt.validation"},
+    "gpt.config": {
+        "gpt.aws.config", "gpt.data.config", "gpt.errors", "gpt.finetuning.config", "gpt.typed", "gpt.model.config", "gpt.validation",
+    },
     "gpt.validation": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.finetuning.config", "gpt.typed"},
     "gpt.typed": {"gpt.errors"},
     "gpt.errors": set(),
-    "gpt.launch": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.runtime", "gpt.training"},
+    "gpt.launch": {"gpt.aws.jobs", "gpt.aws.emulator", "gpt.compose", "gpt.config", "gpt.errors", "gpt.runtime", "gpt.training"},
+    "gpt.aws": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed"},
+    "gpt.aws.config": set(),
+    "gpt.aws.container": set(),  # runs before anything of ours is installed
     "gpt.training": {
         "gpt", "gpt.commands", "gpt.compose", "gpt.config", "gpt.errors", "gpt.typed",
         "gpt.data", "gpt.evaluation", "gpt.finetuning", "gpt.inference", "gpt.model", "gpt.runtime",
@@ -52,7 +58,7 @@ MAY_IMPORT = {
     },
     "gpt.inference": {"gpt.errors", "gpt.data.tokenizer", "gpt.model", "gpt.runtime"},
     "gpt.inference.loading": {
-        "gpt.compose", "gpt.data.tokenizer", "gpt.errors", "gpt.model", "gpt.typed",
+        "gpt.arguments", "gpt.compose", "gpt.data.tokenizer", "gpt.errors", "gpt.model", "gpt.typed",
         "gpt.training.checkpoint",  # inside a function: a run that has not finished has only checkpoints
     },
     "gpt.inference.command": {"gpt.commands", "gpt.errors", "gpt.inference", "gpt.model.heads", "gpt.runtime"},
@@ -74,6 +80,8 @@ ONLY_IN_FUNCTIONS = {
 MODEL_LIBRARIES = {"torch", "safetensors"}
 MODEL_LIBRARIES_IN_FUNCTIONS = {"huggingface_hub", "transformers"}
 LIGHT = (
+    "gpt.arguments",
+    "gpt.aws.config",
     "gpt.cli",
     "gpt.commands",
     "gpt.compose",

@@ -430,7 +430,7 @@ def test_an_overlay_experiment_sees_the_command_line(tmp_path):
     [
         ("model=bad", "n_layre: 3", "model.n_layre=3: no such key. Did you mean model.n_layer?"),
         ("model=bad", "n_layer: three", "model.n_layer=three: must be a whole number"),
-        ("model=bad", "n_layer: {a: 1}", "model.n_layer={'a': 1}: must be a whole number"),
+        ("model=bad", "n_layer: {a: 1}", "model.n_layer={a: 1}: must be a whole number"),
         ("model=bad", "n_layer: [1\nx: {", "bad.yaml"),
         ("model=bad", "- 1", "model/bad"),
         ("experiment=bad", "# @package _global_\ntrain: {budgte: 3steps}", "train.budget?"),

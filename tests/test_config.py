@@ -13,8 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt.arguments import config_directory, groups
 from gpt.commands import COMMANDS, GenerateConfig, ModelUse
-from gpt.compose import compose_run, compose_use, config_directory, groups, load_run
+from gpt.compose import compose_run, compose_use, load_run
 from gpt.config import RunConfig, Span, TrainConfig, parse_span
 from gpt.data.config import (
     EXAMPLE_SOURCES,
@@ -79,7 +80,7 @@ def test_every_option_composes_and_validates(group, option, request):
     values = yaml.safe_load(text)
     values.pop("defaults", None)
     composed = plain(config)
-    for key, value in leaves(values if text.startswith("# @package _global_") else {group: values}):  # each value arrives
+    for key, value in leaves(values if text.startswith("# @package _global_") else {group.partition("/")[0]: values}):  # each value arrives
         section = composed
         for part in key.split("."):
             section = section[part]
@@ -114,7 +115,7 @@ def test_every_key_of_every_file_exists(file):
     values = yaml.safe_load(text)
     defaults = values.pop("defaults", [])
     is_global = text.startswith("# @package _global_\n") or file.parent == CONFIGS
-    prefix = "" if is_global else f"{file.parent.name}."
+    prefix = "" if is_global else f"{file.relative_to(CONFIGS).parts[0]}."
     keys = schema_keys(RunConfig)
     for key, _ in leaves(values):
         assert prefix + key in keys
@@ -124,9 +125,9 @@ def test_every_key_of_every_file_exists(file):
     assert any(line.startswith("# ") and "@package" not in line for line in text.splitlines()), "say what it is for"
 
 
-def test_groups_are_the_sections_that_have_files_and_two_more():
+def test_groups_are_the_sections_that_have_files_and_four_more():
     sections = {name for name, hint in schema_keys(RunConfig).items() if dataclasses.is_dataclass(hint) and "." not in name}
-    assert set(groups()) == sections - {"run", "lora", "distill", "dpo"} | {"experiment", "debug"}
+    assert set(groups()) == sections - {"run", "lora", "distill", "dpo"} | {"experiment", "debug", "launch/instance", "launch/security"}
 
 
 def test_a_file_with_a_bad_key_is_refused(tmp_path):

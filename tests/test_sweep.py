@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import GPT, GPTConfig
+from gpt.arguments import sweep_values
 from gpt.cli import main
-from gpt.compose import compose_run, sweep_values
+from gpt.compose import compose_run
 from gpt.data.tokenizer_training import byte_tokenizer
 from gpt.errors import UserError
 from gpt.runtime.signals import StopRequest

@@ -79,7 +79,7 @@ def test_values_that_fit(hint, value, expected):
         (list[int], ["a"], "section.key[0]=a: must be a whole number"),
         (list[int], None, "section.key=null: must be a list such as [1, 2]"),
         (list[PartConfig], None, "section.key=null: must be a list of sections, [{source: ...}, ...]"),
-        (list[PartConfig], {"source": "text"}, "section.key={'source': 'text'}: must be a list of sections, [{source: ...}, ...]"),
+        (list[PartConfig], {"source": "text"}, "section.key={source: text}: must be a list of sections, [{source: ...}, ...]"),
         (
             list[PartConfig],
             ["text"],
@@ -141,5 +141,5 @@ def test_the_nearest_name():
 
 def test_values_are_shown_as_they_are_typed():
     values = [None, True, False, 1, 1.0, 1e-5, "a b", ["a", None, [1.5]], {"a": 1}]
-    assert [shown(v) for v in values] == ["null", "true", "false", "1", "1", "1e-05", "a b", "[a, null, [1.5]]", "{'a': 1}"]
+    assert [shown(v) for v in values] == ["null", "true", "false", "1", "1", "1e-05", "a b", "[a, null, [1.5]]", "{a: 1}"]
     assert len(shown("x" * 10_000)) < 300

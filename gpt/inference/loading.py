@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gpt.compose import expanded, load_run, refuse_no_run
+from gpt.arguments import expanded
+from gpt.compose import load_run, refuse_no_run
 from gpt.data.tokenizer import Tokenizer, load_tokenizer
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
