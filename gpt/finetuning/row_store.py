@@ -24,6 +24,7 @@ from torch import Tensor
 from gpt.errors import UserError
 
 _META, _ROWS, _SUMS = "meta.json", "rows.bin", "checksums.bin"
+_RESIDENT = 1 << 26  # bytes read through the mapping that may count as this process's memory
 _BLANK = 0  # the checksum of a row that is not there; one that happens to be 0 is stored as 1
 
 
@@ -64,6 +65,7 @@ class RowStore:
         self._mapped, sums = (mmap.mmap(file, 0, prot=mmap.PROT_READ) for file in self._files)
         self._bytes = np.frombuffer(self._mapped, dtype=np.uint8).reshape(rows, self._row_bytes)
         self._sums = np.frombuffer(sums, dtype=np.uint32)
+        self._touched = 0  # bytes, since the mapping's pages were given back
         self._known = np.zeros(rows, dtype=bool)  # rows that this process has written, or has found to be whole
 
     def _check(self, meta: dict[str, Any]) -> None:
@@ -88,6 +90,7 @@ class RowStore:
         if not (self._sums[numbers] != _BLANK).all():
             return False
         for number in numbers[~self._known[numbers]].tolist():
+            self._give_back(1)
             if _checksum(self._bytes[number]) != self._sums[number]:
                 return False
             self._known[number] = True
@@ -95,9 +98,17 @@ class RowStore:
 
     def read(self, numbers: np.ndarray) -> Tensor:
         """(n, *shape) on the CPU: the rows of these numbers, which `holds` has found; zeros for padding."""
-        rows = torch.from_numpy(self._bytes[numbers])
+        rows = torch.from_numpy(self._bytes[numbers])  # a copy
+        self._give_back(len(numbers))
         rows[torch.from_numpy(numbers < 0)] = 0
         return rows.view(self.dtype).view(len(numbers), *self.shape)
+
+    def _give_back(self, rows: int) -> None:
+        """Count rows as touched, and let go of the pages when they are many: they stay in the system's cache, but are not ours."""
+        self._touched += rows * self._row_bytes
+        if self._touched > _RESIDENT:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
 
     def write(self, numbers: np.ndarray, rows: Tensor) -> None:
         """Keep rows (n, *shape), on the CPU, in the store's dtype, under these numbers; padding is left out.

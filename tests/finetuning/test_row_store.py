@@ -122,3 +122,19 @@ def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
     assert told is not None
     assert "it would take 2.0 GB" in told
     assert "has 0.0 GB left" in told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_has_been_read_does_not_add_up_in_memory(tmp_path):
+    store = RowStore(tmp_path / "store", {}, 320, (1 << 20,), torch.uint8)
+    for number in range(320):
+        store.write(np.array([number]), torch.full((1, 1 << 20), number % 251, dtype=torch.uint8))
+    other = RowStore(tmp_path / "store", {}, 320, (1 << 20,), torch.uint8)
+    resident = []  # KiB of mapped files
+    for first in range(0, 320, 4):
+        numbers = np.arange(first, first + 4)
+        assert other.holds(numbers)
+        assert other.read(numbers)[:, 0].tolist() == [number % 251 for number in numbers.tolist()]
+        mapped = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        resident.append(int(mapped.split()[1]))
+    assert max(resident) - resident[0] < 100 << 10, f"{(max(resident) - resident[0]) >> 10} MiB of 320 are kept"
