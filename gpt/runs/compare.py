@@ -119,7 +119,8 @@ def differing_keys(rows: Sequence[RunRow]) -> dict[str, list[str]]:
     return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 
-FIGURES = ("state", "best val loss", "at step", "bits/byte", "last loss", "steps", "tokens", "time", "tokens/s")
+FIGURES = ("state", "best val loss", "at step", "bits/byte", "last loss", "steps", "tokens learned", "time", "learned/s")
+"""Learned tokens are those that the loss is of: in fine-tuning the completions', of a classifier one for each example."""
 
 
 def _figures(row: RunRow) -> list[str]:
@@ -167,10 +168,10 @@ def _charts(runs: Sequence[Shown]) -> list[tuple[str, str]]:
             result.append((title, svg(title, lambda axes: draw_curves(axes, curves, x_label, y_label, log, limit=limit))))
 
     loss, dots = "loss, nats per token", 40 if len(runs) <= len(SERIES) else 1
-    add("Validation loss by tokens", "tokens", "val_loss", "tokens", loss, log=True, dots=dots)
+    add("Validation loss by tokens", "tokens", "val_loss", "tokens learned", loss, log=True, dots=dots)
     add("Validation loss by time", "seconds", "val_loss", time, loss, log=True, dots=dots)
     add("Training loss by step", "step", "loss", "step", loss, log=True, noise=True)
-    add("Training loss by tokens", "tokens", "loss", "tokens", loss, log=True, noise=True)
+    add("Training loss by tokens", "tokens", "loss", "tokens learned", loss, log=True, noise=True)
     add("Training loss by time", "seconds", "loss", time, loss, log=True, noise=True)
     add("Learning rate", "step", "lr", "step", "learning rate")
     add("Throughput", "step", "tokens_per_second", "step", "tokens per second", noise=True)

@@ -83,7 +83,8 @@ def test_a_page_of_runs_the_best_first(runs: list[Path], tmp_path: Path) -> None
     assert page.texts["h1"] == page.texts["title"] == ["A <sweep> & more"]
     assert page.texts["figcaption"] == CHARTS
     table, settings = page.tables
-    assert table[0] == ["run", "state", "best val loss", "at step", "bits/byte", "last loss", "steps", "tokens", "time", "tokens/s"]
+    head = ["run", "state", "best val loss", "at step", "bits/byte", "last loss", "steps", "tokens learned", "time", "learned/s"]
+    assert table[0] == head
     assert table[1] == ["second", "finished", "2.0000", "20", "1.000", "2.0916", "40", "163.8k", "10.5s", "15,604"]
     assert [row[0] for row in table[1:]] == ["second", "first", "third"]
     assert table[3][1:7] == ["interrupted", "3.0000", "20", "1.500", "3.2489", "30 of 40"]
