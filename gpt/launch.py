@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.compose import load_config
+from gpt.config import LaunchConfig as LaunchSection
 from gpt.config import RunConfig, RunSection, TrackingConfig
 from gpt.errors import UserError, exit_code_of
 from gpt.runtime.environment import prepare_environment
@@ -110,6 +111,7 @@ def _work(config: RunConfig) -> int:
     except (Exception, KeyboardInterrupt) as error:
         silent = lost_the_others(error) and "TORCHELASTIC_RUN_ID" in os.environ  # whoever watches the processes says which one has gone
         if silent or not is_first_failure():
+            _keep_failure("")
             _end(2 if isinstance(error, UserError) else 1)
         raise
 
@@ -123,6 +125,13 @@ def _heed_the_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+def _keep_failure(text: str) -> None:
+    """Write why the run failed into the file that whoever started it has named; an empty one says that another process tells."""
+    if name := os.environ.get("GPT_FAILURE_FILE"):
+        with open(name, "w" if text else "a", encoding="utf-8") as file:
+            file.write(text)
+
+
 def _end(code: int) -> None:
     """End this process now: connections to processes that are gone or stuck are not waited for."""
     sys.stdout.flush()
@@ -133,8 +142,10 @@ def _end(code: int) -> None:
 def _start(config: RunConfig, processes: int) -> int:
     """Start processes on this machine with torch's elastic agent, which restarts them if it may, and wait for their end."""
     import yaml
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from gpt.training.run_directory import new_run_id
@@ -145,14 +156,12 @@ def _start(config: RunConfig, processes: int) -> int:
         raise UserError("run.id: on several machines, and for restarts on them, a run must have a name; give run.id=<name>")
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes speak for themselves
+    patience = int(config.launch.patience(600))
     settings = LaunchConfig(
         min_nodes=config.launch.nnodes, max_nodes=config.launch.nnodes, nproc_per_node=processes, run_id=config.run.id,
         rdzv_backend="c10d", rdzv_endpoint=config.launch.endpoint or "localhost:0",
-        rdzv_configs={
-            "timeout": int(config.launch.patience(600)),
-            "is_host": config.launch.node_rank == 0,
-        },
-        max_restarts=config.launch.max_restarts,
+        rdzv_configs={"join_timeout": patience, "is_host": config.launch.node_rank == 0},
+        max_restarts=config.launch.max_restarts, local_addr=_address(config.launch),
     )  # fmt: skip
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds for a last checkpoint after a signal
     with tempfile.TemporaryDirectory(prefix="gpt-") as folder:
@@ -164,7 +173,25 @@ def _start(config: RunConfig, processes: int) -> int:
             return _failed(error.failures)
         except SignalException as stopped:
             return 128 + stopped.sigval
+        except RendezvousTimeoutError:
+            return _said(f"launch.endpoint={config.launch.endpoint}: not all {config.launch.nnodes} machines came within {patience} s")
+        except (RendezvousError, DistError) as error:
+            print(f"gpt: the connection to the other machines is lost ({error})", file=sys.stderr)
+            _keep_failure("")
+            return 1
     return 0
+
+
+def _address(launch: LaunchSection) -> str | None:
+    """Under which name this machine meets the others; None: its own.
+
+    Processes are numbered by the order of these names, and it must be that of node_rank, also after a restart: the run directory is on the
+    first machine's disk. Only the first name is ever looked up.
+    """
+    if launch.nnodes == 1:
+        return None
+    host = launch.endpoint.rpartition(":")[0]
+    return f"{host}~{launch.node_rank:06d}" if launch.node_rank else host
 
 
 def _failed(failures: dict[int, Any]) -> int:
@@ -176,18 +203,35 @@ def _failed(failures: dict[int, Any]) -> int:
         number = -failure.exitcode
         if number > 0 and number != signal.SIGTERM:  # which the others were sent because of it
             hint = "; was it out of memory?" if number == signal.SIGKILL else ""
-            print(
-                f"gpt: process {rank} of the run was ended by {signal.Signals(number).name}{hint}, and the others with it", file=sys.stderr
-            )
-            return 1
+            return _said(f"process {rank} of the run was ended by {signal.Signals(number).name}{hint}, and the others with it")
     return next((code for code in codes if code > 0), 128 + signal.SIGTERM)
+
+
+def _said(text: str) -> int:
+    """Say why the run failed, and return the exit code."""
+    print(f"gpt: {text}", file=sys.stderr)
+    _keep_failure(text)
+    return 1
+
+
+def _run_file_keeping_failure(path: str) -> int:
+    try:
+        return run_file(path)
+    except UserError as error:
+        _keep_failure("\n".join([str(error), *getattr(error, "__notes__", [])]))
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        last = "".join(traceback.format_exception_only(error)).strip()
+        _keep_failure(f"{last}\n(in {where.name}, {Path(where.filename).name}:{where.lineno}; the log has the traceback)")
+        raise
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m gpt.launch <config.yaml>")
     try:
-        code = exit_code_of(lambda: run_file(sys.argv[1]))
+        code = exit_code_of(lambda: _run_file_keeping_failure(sys.argv[1]))
     except Exception:
         traceback.print_exc()
         code = 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,3 +192,65 @@ def test_the_end_of_the_processes_is_the_runs(exits, code, said, capsys):
     failures = {rank: SimpleNamespace(exitcode=exit, timestamp=rank) for rank, exit in enumerate(exits)}
     assert launching._failed(failures) == code
     assert capsys.readouterr().err == said
+
+
+# What is kept of a failure
+
+
+def test_machines_are_numbered_as_they_are_told(config):
+    def address(rank: int) -> str | None:
+        several = ["parallel=ddp", "launch.nnodes=12", "launch.endpoint=algo-1:7777", f"launch.node_rank={rank}", "run.id=r"]
+        return launching._address(config(*several).launch)
+
+    names = [address(rank) for rank in range(12)]
+    assert names[0] == "algo-1", "the one that the others look up"
+    assert sorted(map(str, names)) == names
+    assert launching._address(config().launch) is None
+
+
+FAIL = """
+import sys, gpt.launch
+from gpt.errors import UserError
+def fail(path):
+    error = {error}
+    error.add_note("and a note")
+    raise error
+gpt.launch.run_file = fail
+gpt.launch._run_file_keeping_failure("x")
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        ("UserError('data.paths: no \\'ü\\' here')", "data.paths: no 'ü' here\nand a note"),
+        ("RuntimeError('wrong')", "RuntimeError: wrong\nand a note\n(in fail, <string>:7; the log has the traceback)"),
+    ],
+)
+def test_an_error_is_kept_where_it_is_asked_for(error, kept, tmp_path):
+    file = tmp_path / "failure"
+    environment = {**os.environ, "GPT_FAILURE_FILE": str(file)}
+    subprocess.run([sys.executable, "-c", FAIL.format(error=error)], env=environment, capture_output=True, timeout=60, check=False)
+    assert file.read_text(encoding="utf-8") == kept
+
+
+def test_who_leaves_the_telling_to_others_marks_it_and_erases_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "failure"
+    launching._keep_failure("nowhere")
+    monkeypatch.setenv("GPT_FAILURE_FILE", str(file))
+    launching._keep_failure("")
+    assert file.read_text() == ""
+    launching._keep_failure("the first error")
+    launching._keep_failure("")
+    assert file.read_text() == "the first error"
+
+
+def test_machines_that_do_not_come_are_named(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GPT_FAILURE_FILE", str(tmp_path / "failure"))
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{found.getsockname()[1]}"
+    several = ["parallel=ddp", "launch.nnodes=2", f"launch.endpoint={endpoint}", "launch.timeout=2s", "run.id=r"]
+    assert START(config(*several), 1) == 1
+    assert capsys.readouterr().err == f"gpt: launch.endpoint={endpoint}: not all 2 machines came within 2 s\n"
+    assert (tmp_path / "failure").read_text() == f"launch.endpoint={endpoint}: not all 2 machines came within 2 s"

@@ -387,7 +387,7 @@ def _open_store(
     }  # fmt: skip
     folder, shape = cache_dir / store_name(key), (data.length, top_k * (2 + np.dtype(_id_type(tokens)).itemsize) + 2)
     size = room_needed(data.rows, shape, torch.uint8)
-    once = data.epochs is not None and data.epochs <= 1 and not folder.is_dir()
+    once = data.epochs is not None and data.epochs <= 1 and not world.share(folder.is_dir)
     full = None if once else world.share(lambda: make_room(cache_dir, folder.name, size, int(config.cache_gb * 1e9)))
     if once or full:
         say(f"teacher's answers: not kept ({full or 'the run sees every example once'})")

@@ -160,7 +160,7 @@ def open_prefix_cache(
     dtype, shape = device.dtype, (data.length, model.config.d_model)
     parent = folder / store_name(key)
     size = sum(room_needed(rows, shape, dtype) for rows in data.rows.values())
-    once = data.epochs is not None and data.epochs <= 1 and not (parent / "train").is_dir()
+    once = data.epochs is not None and data.epochs <= 1 and not world.share((parent / "train").is_dir)
     full = None if once else world.share(lambda: make_room(folder, parent.name, size, int(limit_gb * 1e9)))
     if once or full:
         say(f"frozen-prefix cache: off ({full or 'the run sees every example once'})")

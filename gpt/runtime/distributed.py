@@ -29,8 +29,8 @@ from gpt.runtime.device import Device
 T = TypeVar("T")
 
 _COLLECTIVES = {
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "new_group",
-    "init_process_group", "reduce_scatter_tensor",
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all_single", "barrier", "broadcast",
+    "broadcast_object_list", "new_group", "init_process_group", "reduce_scatter_tensor",
 }  # fmt: skip
 _joined = itertools.count()  # how often this process has met others
 _FIRST_FAILURE = "gpt/failed"  # key of the store in which processes count their failures
@@ -88,6 +88,14 @@ class World:
         found = [make() if self.is_main else None]
         dist.broadcast_object_list(found, src=0, group=self._control)
         return cast(T, found[0])
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank, in all of them; it must be picklable."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._control)
+        return found
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """The sum of the processes' values, in place; those of tensor parallelism, which have the same, count once."""

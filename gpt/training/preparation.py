@@ -23,13 +23,14 @@ from gpt.runtime.distributed import World
 from gpt.runtime.parallel import unwrapped
 from gpt.training.answering import Answering
 from gpt.training.checkpoint import TrainingState, load_checkpoint, read_state
+from gpt.training.checkpoint_copies import at_hand
 from gpt.training.clock import StepClock
 from gpt.training.data import OneBatch, complete_shape, open_training_data
 from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
 from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_by_formula, largest_that_fits, try_pass
 from gpt.training.objectives import Givers, givers_for, whole_pairs
-from gpt.training.resuming import checkpoint_to_continue, refuse_other_data, run_to_continue, with_own_tokenizer
+from gpt.training.resuming import checkpoint_to_continue, refuse_other_data, refuse_unlike_machines, run_to_continue, with_own_tokenizer
 from gpt.training.run_directory import RunDirectory
 from gpt.training.step import Counts, Step
 from gpt.training.unfreezing import Unfreezing, check_plan
@@ -88,6 +89,7 @@ class PreparedRun:
         self.doing = "preparing the data"
         source = config if checkpoint is None else with_own_tokenizer(config, self.directory.path)
         self.data = world.main_first(lambda: open_training_data(source, self.sequences, self.say))
+        refuse_unlike_machines(self.data.fingerprint, world)
         if self.data.pairs:
             self.micro_batch, sizes = whole_pairs(self.micro_batch, sizes, config, self.sequences, world.data_size)
         if ahead is not None and not ahead.done():
@@ -138,10 +140,11 @@ class PreparedRun:
         self.say(f"model: {size:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
 
     def _resume(self, checkpoint: Path) -> None:
-        self.unfreezing.catch_up(read_state(checkpoint), self.graphs)
-        self.objective = self.unfreezing.objective
-        averages = self.average.tensors() if self.average is not None else None
-        state = load_checkpoint(checkpoint, self.model, self.optimizers, averages)
+        with at_hand(checkpoint, self.world) as here:
+            self.unfreezing.catch_up(read_state(here), self.graphs)
+            self.objective = self.unfreezing.objective
+            averages = self.average.tensors() if self.average is not None else None
+            state = load_checkpoint(here, self.model, self.optimizers, averages)
         refuse_other_data(self.state.corpus, state.corpus, self.directory.path)
         self.state = state
         if isinstance(self.data.batches, StreamingBatches) and state.stream is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from gpt.compose import load_run
 from gpt.config import RunConfig
 from gpt.errors import UserError
+from gpt.runtime.distributed import World
 from gpt.training.checkpoint import list_checkpoints, newest_whole
 from gpt.typed import key_of, plain, shown
 
@@ -85,6 +87,15 @@ def refuse_other_data(now: str, then: str, directory: Path) -> None:
         raise UserError(
             f"data: the text or its tokens are not those that {directory} was started with "
             f"(fingerprint {now}, then {then}); restore it, or choose another run.id"
+        )
+
+
+def refuse_unlike_machines(fingerprint: str, world: World) -> None:
+    """Raises UserError if this process has other data than the main one, on whose machine it may have been prepared by itself."""
+    if fingerprint != (of_main := world.share(lambda: fingerprint)):
+        raise UserError(
+            f"data: the text or its tokens on {socket.gethostname()} are not those of the first machine (fingerprint {fingerprint}, there "
+            f"{of_main}); give every machine the same files, and the same versions of gpt and tokenizers"
         )
 
 

@@ -32,7 +32,8 @@ from gpt.runtime.allocator import no_garbage_collection
 from gpt.runtime.device import find_device, unused_settings
 from gpt.runtime.distributed import Agreement, join_world
 from gpt.runtime.signals import StopRequest
-from gpt.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, load_weights, newest_whole
+from gpt.training.checkpoint import TrainingState, checkpoint_name, list_checkpoints, load_checkpoint, load_weights, newest_whole
+from gpt.training.checkpoint_copies import TO_USE, at_hand
 from gpt.training.checkpoint_retention import Retention
 from gpt.training.checkpoint_writer import CheckpointWriter
 from gpt.training.failures import explained
@@ -85,6 +86,8 @@ class Trainer(PreparedRun):
         self.say = say if self.world.is_main else lambda text: None
         for note in (*unused_settings(config.device), *self.device.prepare_training(config.model.dropout)):
             self.say(f"note: {note}")
+        if unused := config.launch.unused():
+            self.say(f"note: of launch=sagemaker, and not used by launch=local: {', '.join(unused)}")
         config.run.id = self.world.share(lambda: config.run.id or new_run_id(config.command))
         self.directory = RunDirectory(config, owned=self.world.is_main)
         try:
@@ -341,7 +344,8 @@ class Trainer(PreparedRun):
             )
             return
         averages = self.average.tensors() if self.average is not None else None
-        before = load_checkpoint(newest, self.model, self.optimizers, averages)
+        with at_hand(newest, self.world) as here:
+            before = load_checkpoint(here, self.model, self.optimizers, averages)
         for name in ("batch", "stream", "seconds", "spikes", "skipped_steps"):
             setattr(before, name, getattr(state, name))
         before.rewinds = state.rewinds + 1
@@ -356,9 +360,10 @@ class Trainer(PreparedRun):
         """The best weights, measured on all of the held-out text, exported, sampled from and reported."""
         config, state, world = self.config, self.state, self.world
         self.doing = "measuring the best weights"
-        best = self.directory.checkpoints / f"step-{state.best_step or 0:08d}"
-        if best.is_dir() and (state.best_step != state.step or self.average is not None):
-            load_weights(best, self.model)
+        best = self.directory.checkpoints / checkpoint_name(state.best_step or 0)
+        if world.share(best.is_dir) and (state.best_step != state.step or self.average is not None):
+            with at_hand(best, world, TO_USE) as here:
+                load_weights(here, self.model)
             self.average = None
         held_out = self._held_out(config.train.final_eval_tokens)
         assert held_out is not None
