@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import typing
@@ -39,7 +40,7 @@ def compose_run(command: str, arguments: Sequence[str], config_dir: Path | None 
         raise UserError(f"resume={resume}: gpt {command} continues no run; init=<run> takes its weights and their shape")
     run = expanded(resume)
     if os.path.isfile(run / "config.yaml"):  # which takes names that are too long
-        config = _resumed(run, chosen, settings, keys)
+        config = _resumed(run, chosen, settings, keys, config_dir)
     else:
         if resume not in ("auto", "never") and not nearest(resume, ("auto", "never")):
             refuse_no_run("resume", resume, "; give auto, never or a run directory")
@@ -214,18 +215,20 @@ def load_run(directory: Path) -> RunConfig:
 
 
 def load_config(file: Path) -> RunConfig:
-    """The config of a run that stands in a file, resolved.
+    """The config of a run that stands in a file of YAML or, by its name, of JSON, resolved.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
     import yaml
 
+    # To YAML 1.1 the number 1e-08 is a text, and so is half of a character that JSON writes as two escapes.
+    read = json.loads if file.suffix == ".json" else yaml.safe_load
     try:
-        return from_dict(RunConfig, yaml.safe_load(file.read_text(encoding="utf-8")))
+        return from_dict(RunConfig, read(file.read_text(encoding="utf-8")))
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -285,11 +288,24 @@ def _defaults(cls: type) -> dict[str, Any]:
     return values
 
 
-def _resumed(directory: Path, chosen: dict[str, Any], settings: dict[str, Any], keys: dict[str, Any]) -> RunConfig:
-    """The config of an existing run with single keys changed."""
+def _values_of(group: str, option: str | None, config_dir: Path | None) -> dict[str, Any]:
+    """The keys that an option of a group sets by itself."""
+    import yaml
+
+    files = [folder / group / f"{option}.yaml" for folder in (config_directory(), config_dir) if folder is not None]
+    values = next((yaml.safe_load(file.read_text(encoding="utf-8")) for file in files if file.is_file()), None) or {}
+    if "defaults" in values:
+        raise UserError(f"{group}={option}: a run is continued by an option that stands for itself, and this one has a list of defaults")
+    return values
+
+
+def _resumed(directory: Path, chosen: dict[str, Any], settings: dict[str, Any], keys: dict[str, Any], config_dir: Path | None) -> RunConfig:
+    """The config of an existing run with single keys changed, or the machine that it goes on on: the usual reason to go on elsewhere."""
     if chosen.get("device") in get_args(DeviceName):
-        settings = {"device.name": chosen["device"], **settings}  # another machine is the usual reason to go on elsewhere
+        settings = {"device.name": chosen["device"], **settings}
         chosen = {group: option for group, option in chosen.items() if group != "device"}
+    for group in [group for group in chosen if group.partition("/")[0] == "launch"]:
+        settings = {**{f"launch.{key}": value for key, value in _values_of(group, chosen.pop(group), config_dir).items()}, **settings}
     if chosen:
         group, option = next(iter(chosen.items()))
         single = next((key for key in keys if key.startswith(f"{group}.")), "train.budget")

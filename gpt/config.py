@@ -199,6 +199,11 @@ class LaunchConfig(TrainingJobConfig):
         """Seconds of `timeout`; where it is null, the usual ones."""
         return usual if self.timeout is None else parse_span("launch.timeout", self.timeout, ("seconds",)).amount
 
+    def unused(self) -> list[str]:
+        """Keys of a training job that are set for a run on this machine, which reads none of them."""
+        usual = TrainingJobConfig()
+        return [f"launch.{key}" for key in vars(usual) if self.name == "local" and getattr(self, key) != getattr(usual, key)]
+
 
 @dataclass
 class RunConfig:

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+from gpt.aws.validation import validate_launch, with_channels
 from gpt.config import RunConfig, at_least, check_seed, parse_span
 from gpt.data.config import validate_data, validate_examples, validate_text, validate_tokenizer
 from gpt.errors import UserError
@@ -15,6 +16,8 @@ from gpt.typed import nearest, shown
 
 def validate_run(c: RunConfig) -> None:
     """Raises UserError for the first impossible value or combination, with its key."""
+    if c.launch.name != "local":
+        c = with_channels(c)
     check_seed(c.seed)
     for key, value, low in (
         ("train.grad_clip", c.train.grad_clip, 0), ("train.log_every", c.train.log_every, 1),
@@ -50,6 +53,13 @@ def validate_run(c: RunConfig) -> None:
     _validate_text(c)
     _validate_batch(c)
     _validate_length(c)
+    if c.launch.dry_run and c.launch.name != "sagemaker":
+        raise UserError(
+            f"launch.dry_run=true is of launch=sagemaker, and this is launch={c.launch.name}, which sends nothing; leave it out, or add "
+            "launch=sagemaker"
+        )
+    if c.launch.name != "local":
+        validate_launch(c)
     _validate_devices(c)
     if c.run.id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run.id):
         raise UserError(f"run.id={shown(c.run.id)}: must be letters, digits, '.', '_' and '-', and start with a letter or digit")

@@ -35,6 +35,7 @@ from tests.training.finetuning import save_small_model
 CONFIGS = config_directory()
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 NEEDS = {  # what an option cannot do without
+    ("launch", "sagemaker"): ["launch.role=arn:aws:iam::123456789012:role/training", "launch.output=s3://bucket/prefix"],
     ("data", "text"): ["data.paths=[book.txt]"],
     ("data", "jsonl"): ["data.paths=[rows.jsonl]"],
     ("data", "parquet"): ["data.paths=[rows.parquet]"],

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+UNSET = "(required)"
+"""What a preset says of a value that only the user can name."""
+
 
 @dataclass
 class EmulatedConfig:
@@ -42,7 +45,7 @@ class TrainingJobConfig:
     instance_count: int = 1
     """How many of them."""
     volume_gb: int = 100
-    """Storage of each, in GB."""
+    """Storage of each, in GB; machines with disks of their own use those, and may not have less."""
     output: str | None = None
     """s3://<bucket>/<prefix> below which everything of the run goes: code, inputs, checkpoints, model, report."""
     channels: dict[str, str] = field(default_factory=dict)
@@ -58,7 +61,7 @@ class TrainingJobConfig:
     keep_alive: str | None = None
     """Warm pool: the machines stay, and are paid for, so long after the job, such as 30min; null: not at all."""
     volume_kms_key: str | None = None
-    """KMS key (ARN, or id) that encrypts the machines' storage."""
+    """KMS key (ARN, or id) that encrypts the machines' storage; disks of their own are encrypted by their hardware, and take none."""
     output_kms_key: str | None = None
     """KMS key of what the job writes to S3."""
     upload_kms_key: str | None = None
@@ -86,3 +89,7 @@ class TrainingJobConfig:
     max_parallel: int = 2
     """-m: jobs of a sweep that run at the same time."""
     emulated: EmulatedConfig = field(default_factory=EmulatedConfig)
+
+    def left_open(self) -> list[str]:
+        """Keys that a preset leaves to the user, and the user has not set."""
+        return [key for key, value in vars(self).items() if value in (UNSET, [UNSET])]

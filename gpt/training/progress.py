@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from types import TracebackType
@@ -30,6 +31,7 @@ class Progress:
 
         self.total, self.timed, self.batch_tokens = total, timed, batch_tokens
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._thousands = "" if "SM_CURRENT_HOST" in os.environ else ","  # in a training job, CloudWatch is to read the number
         self._last_line = 0.0
         self._val: tuple[str, str] | None = None
         self._bar = None
@@ -64,7 +66,7 @@ class Progress:
         each = self.batch_tokens or line["tokens"] / line["step"]
         left = _clock(self.total - done if self.timed else (self.total - done) * each / line["tokens_per_second"])
         parts = [f"step {line['step']}", f"loss {line['loss']:.3f}", *(self._val or ())]
-        parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{line['tokens_per_second']:{self._thousands}.0f} tokens/s")
         if line.get("mfu") is not None:
             parts.append(f"mfu {line['mfu']:.1%}")
         parts.append(f"{left} left")
