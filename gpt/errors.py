@@ -23,7 +23,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except UserError as error:
         if os.environ.get("GPT_DEBUG") == "1":
             raise
-        print(f"gpt: {_one_line(str(error))}", *(f"  {_one_line(note)}" for note in _notes(error)), sep="\n", file=sys.stderr)
+        print(f"gpt: {one_line(str(error))}", *(f"  {one_line(note)}" for note in _notes(error)), sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("gpt: interrupted", file=sys.stderr)
@@ -37,6 +37,6 @@ def _notes(error: Exception) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A value in a message may hold line breaks and control characters: show them as \\n and the like."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
