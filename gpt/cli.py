@@ -34,6 +34,13 @@ _RUNS = {
     "inspect tokens": "gpt.inspection.command:inspect_tokens",
     "runs": "gpt.runs.command:runs",
     "runs compare": "gpt.runs.command:compare",
+    "jobs": "gpt.aws.command:jobs",
+    "jobs list": "gpt.aws.command:jobs",
+    "jobs status": "gpt.aws.command:status",
+    "jobs logs": "gpt.aws.command:logs",
+    "jobs wait": "gpt.aws.command:wait",
+    "jobs stop": "gpt.aws.command:stop",
+    "jobs fetch": "gpt.aws.command:fetch",
     "doctor": "gpt.doctor.command:doctor",
 }
 FLAGS = ("--help", "--cfg", "--config-dir", "--multirun", "-m", "--version")

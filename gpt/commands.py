@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gpt.aws.jobs_config import FetchConfig, JobConfig, JobsConfig, LogsConfig
 from gpt.config import DeviceConfig, DeviceName, Precision, RunConfig, at_least, check_seed
 from gpt.data.config import DataConfig, LossOn, Metric, TokenizerConfig, holds_examples, validate_data, validate_text, validate_tokenizer
 from gpt.errors import UserError
@@ -387,6 +388,9 @@ class DoctorConfig:
             raise UserError(f"role={self.role} is AWS's, which is not asked; add aws=true, or leave it out")
 
 
+JOB_CODES = "0: the job did its work; 2: bad input; 1: failed otherwise; 143: stopped; 130: you left, and it goes on"
+
+
 @dataclass(frozen=True)
 class Command:
     """One command.
@@ -431,6 +435,13 @@ COMMANDS = {
     "runs compare": Command(
         "draw the curves of several runs into one page, and what their configs differ in", RunsCompareConfig, words="runs"
     ),
+    "jobs": Command("list the SageMaker jobs of runs; the same as gpt jobs list", JobsConfig),
+    "jobs list": Command("list the SageMaker jobs of runs: state, machines, time, cost", JobsConfig),
+    "jobs status": Command("where a run's job stands, since when, and what it costs", JobConfig, words="runs"),
+    "jobs logs": Command("the log of a run's job over all its hosts, as it comes", LogsConfig, words="runs", exit_codes=JOB_CODES),
+    "jobs wait": Command("wait for the end of runs' jobs", JobConfig, words="runs", exit_codes=JOB_CODES),
+    "jobs stop": Command("stop runs' jobs, which save a checkpoint first", JobConfig, words="runs"),
+    "jobs fetch": Command("bring a run's model, metrics and report home", FetchConfig, words="runs"),
     "doctor": Command(
         "say what this machine can do, what is wrong with it, and the fix",
         DoctorConfig,

@@ -90,6 +90,32 @@ EXAMPLES = {
         ("gpt runs compare kmqz abcd elsewhere/my-run output=three.html", "by the ends of their ids; by a path"),
         ("gpt runs compare runs=[kmqz,abcd]", "the same as a setting"),
     ],
+    "jobs": [
+        ("gpt jobs", "the newest jobs, of this machine and of others"),
+        ("gpt jobs status kmqz", "where one stands, by the end of its run's id"),
+    ],
+    "jobs list": [
+        ("gpt jobs list", "the newest jobs, of this machine and of others"),
+        ("gpt jobs list region=eu-west-1 n=50", "those of another region, more of them"),
+    ],
+    "jobs status": [
+        ("gpt jobs status pretrain-20261120-101112-kmqz", "by the run's id"),
+        ("gpt jobs status kmqz abcd", "two runs, by the ends of their ids"),
+    ],
+    "jobs logs": [
+        ("gpt jobs logs kmqz", "from the first line on, until the job ends; Ctrl-C leaves it running"),
+        ("gpt jobs logs kmqz lines=20", "from the last lines on"),
+    ],
+    "jobs wait": [
+        ("gpt jobs wait kmqz && gpt jobs fetch kmqz", "in a script"),
+    ],
+    "jobs stop": [
+        ("gpt jobs stop kmqz", "gpt pretrain resume=runs/<id> goes on with it later"),
+    ],
+    "jobs fetch": [
+        ("gpt jobs fetch kmqz", "then: gpt generate model=runs/<id>"),
+        ("gpt jobs fetch kmqz checkpoints=true", "to go on with it here: gpt pretrain resume=runs/<id> launch=local"),
+    ],
     "doctor": [
         ("gpt doctor", "every check, in some 15 seconds; most of it is torch.compile"),
         ("gpt doctor device=neuron run_dir=~/runs", "for a machine that is meant for Trainium, with the runs elsewhere"),

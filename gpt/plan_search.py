@@ -59,6 +59,8 @@ def _refuse(config: RunConfig) -> None:
         raise UserError(
             "freeze=search starts the processes of its tries itself; start it once, with launch.nproc=... for several processes"
         )
+    if config.launch.name == "sagemaker":
+        raise UserError("launch=sagemaker: a search runs on this machine; leave it out here, and give it to the run that follows")
     if config.launch.nnodes > 1:
         raise UserError(f"launch.nnodes={config.launch.nnodes}: a search runs on one machine; leave it out, and give it to the run itself")
     if config.precompile:

@@ -1,4 +1,4 @@
-"""`-m`: a run for each combination of values, one after the other, and one table and one page of them all.
+"""`-m`: a run for each combination of values, one after the other (jobs of SageMaker: several at once), and one table and one page of all.
 
 Every combination is composed before the first run starts, and each run is a process that is handed its resolved config. How a run
 ended is read from its directory, so the same command goes on with a sweep that was stopped. Imports no torch.
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from gpt.arguments import MOST_RUNS, groups, sweep_values
+from gpt.aws.records import has_completed
 from gpt.compose import compose_run
 from gpt.config import RunConfig
 from gpt.errors import UserError
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from gpt.runs.listing import RunRow
 
 _ORDER = ("finished", "interrupted", "failed", "not run")  # in the table
+_MAY_CHANGE = ("run.id", "run.dir", "resume", "launch.max_cost", "launch.max_parallel")  # from one command of a sweep to the next
 _TAIL = 16384  # characters of a failed run's messages that are kept
 _NOTE = 120  # characters of the last of them in the table
 
@@ -58,6 +60,8 @@ class SweptRun:
     def state(self) -> str:
         """How it ended, as its directory says: `finished`, `interrupted`, `failed` or `not run`."""
         marks = {"model/config.json": "finished", "error.txt": "failed", "config.yaml": "interrupted"}
+        if has_completed(self.path):  # a job, whose weights may still be in S3
+            return "finished"
         return next((state for file, state in marks.items() if (self.path / file).is_file()), "not run")
 
     @property
@@ -116,6 +120,8 @@ def sweep(command: str, arguments: Sequence[str], config_dir: Path | None = None
         width = len(str(len(plan.runs)))
         print("\n".join(f"{number:>{width}}  {_line(run.settings)}" for number, run in enumerate(plan.runs, 1)))
         return 0
+    if all(run.config and run.config.launch.dry_run and run.config.launch.name == "sagemaker" for run in plan.runs):
+        return _rehearse(plan)
     with held(plan):
         join_earlier(plan)
         stopped_by = run_all(plan)
@@ -174,7 +180,7 @@ def _compose(command: str, fixed: dict[str, str], swept: dict[str, list[str]], c
         if config.freeze.name == "search":
             raise UserError("-m: freeze=search is a sweep over plans by itself; leave out -m, or sweep over plans: freeze=none,first_n")
         if plan is None:
-            same = {key: argument.partition("=")[2] for key, argument in fixed.items() if key not in ("run.id", "run.dir", "resume")}
+            same = {key: argument.partition("=")[2] for key, argument in fixed.items() if key not in _MAY_CHANGE}
             plan = Sweep(command, config.run.id or new_id("sweep"), Path(config.run.dir).expanduser(), same)
         config.run.id, config.run.dir = "", str(plan.folder)  # the number follows, once it is known which runs there are
         plan.runs.append(SweptRun(Path(), settings, config))
@@ -222,8 +228,7 @@ def join_earlier(plan: Sweep) -> None:
         if known is not None:
             known.config = run.config
         else:
-            width = max(2, len(str(len(waiting))))
-            run.path = plan.folder / f"{plan.id}-{len(plan.runs) + 1:0{width}}{_label(run.settings)}"
+            run.path = _directory(plan, len(plan.runs) + 1, run.settings, len(waiting))
             plan.runs.append(run)
     for run in plan.runs:
         if run.config is not None:
@@ -234,6 +239,22 @@ def join_earlier(plan: Sweep) -> None:
         os.replace(aside, path)
     except OSError as error:
         raise UserError(f"run.dir={plan.folder}: {path} cannot be written ({error.strerror})") from error
+
+
+def _directory(plan: Sweep, number: int, settings: dict[str, str], of: int) -> Path:
+    return plan.folder / f"{plan.id}-{number:0{max(2, len(str(of)))}}{_label(settings)}"
+
+
+def _rehearse(plan: Sweep) -> int:
+    """launch.dry_run=true: every combination as it would be submitted; nothing is written."""
+    from gpt.aws.sweeping import rehearse_jobs
+
+    runs = []
+    for number, run in enumerate(plan.runs, 1):
+        assert run.config is not None
+        run.config.run.id = _directory(plan, number, run.settings, len(plan.runs)).name
+        runs.append((f"[{number}/{len(plan.runs)}] {_line(run.settings)}", run.config))
+    return rehearse_jobs(runs)
 
 
 def _earlier(plan: Sweep, path: Path) -> list[SweptRun]:
@@ -276,10 +297,15 @@ def run_all(plan: Sweep) -> int | None:
     valid = [run for run in plan.runs if run.config is not None]
     say(f"{plan.kind} {plan.id}: {len(valid)} runs in {plan.folder}")
     with StopRequest() as stop:
+        jobs = []
         for number, run in enumerate(valid, 1):
+            assert run.config is not None
             head = f"[{number}/{len(valid)}] {_line(run.settings)}"
             if run.state == "finished":
                 say(f"\n{head}: finished before")
+                continue
+            if run.config.launch.name == "sagemaker":
+                jobs.append((head, run.config))
                 continue
             say(f"\n{head}")
             code = _run_one(run, stop)
@@ -287,6 +313,10 @@ def run_all(plan: Sweep) -> int | None:
                 break
             if code:
                 say(f"{head}: failed; {run.note or 'see above'}")
+        if jobs and not stop.signal:
+            from gpt.aws.sweeping import run_jobs
+
+            run_jobs(jobs, stop)
     return stop.signal
 
 

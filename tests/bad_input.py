@@ -51,6 +51,10 @@ BAD_INPUT = {
     "pretrain data=mixture data.parts=[{sorce:text}]": ("data.parts[0].sorce=text", "data.parts[0].source?"),
     "pretrain data.fields=body": ("data.fields=body", "a section with keys (text"),
     "generate model=x seed=x": ("seed=x", "a whole number or null"),
+    "jobs satus x": ("jobs satus", "no such command", "gpt jobs status?"),
+    "jobs logs": ("runs: which run?", "gpt jobs lists them"),
+    "jobs logs a b": ("a, b", "one log at a time"),
+    "jobs list n=0": ("n=0", "from 1 to 100"),
     # groups
     "pretrain model=gpt3": ("model=gpt3", "gpt2?", "transformer-2017"),
     "pretrain model=gpt2,nano": ("model=gpt2,nano", "one option", "Add -m"),

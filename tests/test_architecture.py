@@ -23,9 +23,13 @@ MAY_IMPORT = {
     "gpt.cli": {
         "gpt", "gpt.errors", "gpt.typed", "gpt.arguments", "gpt.commands", "gpt.compose", "gpt.config", "gpt.help",
         "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.data.command",
-        "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command", "gpt.sweep", "gpt.plan_search", "gpt.runtime.environment",
+        "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command", "gpt.aws.command", "gpt.sweep", "gpt.plan_search",
+        "gpt.runtime.environment",
     },
-    "gpt.sweep": {"gpt.arguments", "gpt.compose", "gpt.config", "gpt.errors", "gpt.typed", "gpt.runtime.signals", "gpt.runs"},
+    "gpt.sweep": {
+        "gpt.aws.records", "gpt.aws.sweeping", "gpt.arguments", "gpt.compose", "gpt.config", "gpt.errors", "gpt.typed",
+        "gpt.runtime.signals", "gpt.runs",
+    },
     "gpt.plan_search": {
         "gpt.compose", "gpt.config", "gpt.errors", "gpt.finetuning", "gpt.runs", "gpt.sweep", "gpt.typed",
         "gpt.training.trainer",  # inside a function: it says what is wrong with a plan
@@ -36,19 +40,25 @@ MAY_IMPORT = {
         "gpt.arguments", "gpt.commands", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed",
         "gpt.runtime.environment", "gpt.inference.loading",  # for init=
     },
-    "gpt.commands": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed"},
+    "gpt.commands": {"gpt.aws.jobs_config", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.typed"},
     "gpt.config": {
         "gpt.aws.config", "gpt.data.config", "gpt.errors", "gpt.finetuning.config", "gpt.typed", "gpt.model.config", "gpt.validation",
     },
-    "gpt.validation": {"gpt.config", "gpt.data.config", "gpt.errors", "gpt.finetuning.config", "gpt.typed"},
+    "gpt.validation": {"gpt.aws.validation", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.finetuning.config", "gpt.typed"},
     "gpt.typed": {"gpt.errors"},
     "gpt.errors": set(),
     "gpt.launch": {"gpt.aws.jobs", "gpt.aws.emulator", "gpt.compose", "gpt.config", "gpt.errors", "gpt.runtime", "gpt.training"},
-    "gpt.aws": {"gpt.compose", "gpt.config", "gpt.errors", "gpt.typed"},
+    "gpt.aws": {
+        "gpt", "gpt.arguments", "gpt.compose", "gpt.config", "gpt.data.config", "gpt.errors", "gpt.runtime.environment",
+        "gpt.runtime.signals", "gpt.typed",
+    },
+    "gpt.aws.inputs": {"gpt.arguments", "gpt.aws", "gpt.config", "gpt.data.config", "gpt.data.files", "gpt.errors", "gpt.typed"},
     "gpt.aws.config": set(),
+    "gpt.aws.jobs_config": {"gpt.errors"},
     "gpt.aws.container": set(),  # runs before anything of ours is installed
+    "gpt.aws.emulated_namespace": set(),  # a program of its own
     "gpt.training": {
-        "gpt", "gpt.commands", "gpt.compose", "gpt.config", "gpt.errors", "gpt.typed",
+        "gpt", "gpt.aws.records", "gpt.commands", "gpt.compose", "gpt.config", "gpt.errors", "gpt.typed",
         "gpt.data", "gpt.evaluation", "gpt.finetuning", "gpt.inference", "gpt.model", "gpt.runtime",
     },
     "gpt.finetuning": {"gpt.config", "gpt.errors", "gpt.typed", "gpt.data", "gpt.inference.loading", "gpt.model", "gpt.runtime"},
@@ -68,20 +78,25 @@ MAY_IMPORT = {
         "gpt.commands", "gpt.config", "gpt.errors", "gpt.finetuning.search", "gpt.finetuning.trainable", "gpt.typed",
         "gpt.training.charts", "gpt.training.freezing_figure", "gpt.training.metrics", "gpt.training.page", "gpt.training.run_record",
     },
-    "gpt.doctor": {"gpt", "gpt.commands", "gpt.config", "gpt.runtime"},
+    "gpt.doctor": {"gpt", "gpt.aws.session", "gpt.commands", "gpt.config", "gpt.runtime"},
     "gpt.data": {"gpt.errors", "gpt.typed"},
     "gpt.model": set(),
 }  # fmt: skip
 # At the top of a file, `cli -> compose/config/help` only: what is heavy is imported when its command runs.
 ONLY_IN_FUNCTIONS = {
     "gpt.launch", "gpt.inference.command", "gpt.evaluation.command", "gpt.training.export", "gpt.training.checkpoint",
-    "gpt.data.command", "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command",
+    "gpt.data.command", "gpt.inspection.command", "gpt.runs.command", "gpt.doctor.command", "gpt.aws.command",
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "safetensors"}
 MODEL_LIBRARIES_IN_FUNCTIONS = {"huggingface_hub", "transformers"}
 LIGHT = (
     "gpt.arguments",
+    "gpt.aws.command",
     "gpt.aws.config",
+    "gpt.aws.records",
+    "gpt.aws.sweeping",
+    "gpt.aws.training_job",
+    "gpt.aws.dry_run",
     "gpt.cli",
     "gpt.commands",
     "gpt.compose",
@@ -100,7 +115,21 @@ LIGHT = (
     "gpt.doctor.command",
     "gpt.training.report",
 )
-HEAVY = {"torch", "numpy", "transformers", "tokenizers", "tiktoken", "datasets", "matplotlib", "rich", "hydra", "omegaconf", "boto3"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "tiktoken",
+    "datasets",
+    "matplotlib",
+    "rich",
+    "hydra",
+    "omegaconf",
+    "boto3",
+    "botocore",
+    "sagemaker",
+}
 
 
 @dataclass(frozen=True)
@@ -277,13 +306,18 @@ def _strings(node: ast.AST) -> Iterator[ast.Constant]:
             continue
         if isinstance(child, ast.Subscript) and ast.unparse(child.value).rpartition(".")[2] == "Literal":
             continue
+        if isinstance(node, ast.JoinedStr) and isinstance(child, ast.Constant) and child is not node.values[0]:
+            continue  # what follows a value within a text is no text of its own
         if isinstance(child, ast.Constant) and isinstance(child.value, str):
             yield child
         yield from _strings(child)
 
 
-# What knows one device from another: their own files, the model's table of kernels, the doctor, and the spelling aid (gpu means cuda).
-KNOWS_DEVICES = re.compile(r"gpt\.runtime\.(device|cpu|cuda|mps|neuron\w*|environment)|gpt\.model\.kernels|gpt\.doctor(\.\w+)?|gpt\.typed")
+# What knows one device from another: their own files, the model's table of kernels, AWS's machines, the doctor, and the spelling aid (gpu
+# means cuda).
+KNOWS_DEVICES = re.compile(
+    r"gpt\.runtime\.(device|cpu|cuda|mps|neuron\w*|environment)|gpt\.model\.kernels|gpt\.aws\.instances|gpt\.doctor(\.\w+)?|gpt\.typed"
+)
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not KNOWS_DEVICES.fullmatch(m)])
@@ -302,7 +336,7 @@ def test_nothing_else_names_a_device(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_no_path_of_one_machine(module):
     # The same on every machine of its kind, or what one says in a chat.
-    system = ("/proc", "/sys", "/dev", "/opt/ml", "/opt/aws", "/exit", "/reset")
+    system = ("/proc", "/sys", "/dev", "/opt/ml", "/opt/aws", "/aws/sagemaker", "/tmp/gpt", "/etc/hosts", "/exit", "/reset")
     found = [s.value for s in strings(MODULES[module]) if re.match(r"/[A-Za-z]\w*(/|$)", s.value) and not s.value.startswith(system)]
     assert not found, found
 

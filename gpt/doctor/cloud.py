@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from gpt.aws.session import INSTALL, LOG_IN, code_of, trouble
 from gpt.commands import DoctorConfig
-from gpt.doctor.result import Result, gib, nearest_folder, one_line
+from gpt.doctor.result import Result, gib, nearest_folder
 
 _PLENTY_FREE = 5 << 30  # bytes; a model of 1B parameters has 2e9 to 4e9
-_LOG_IN = "aws configure sso, then aws sso login; or set AWS_PROFILE to a profile of ~/.aws/config"
 
 
 def hugging_face(config: DoctorConfig) -> Result:
@@ -51,7 +50,7 @@ def aws_credentials(config: DoctorConfig) -> Result:
 def _identity(session: Any) -> Result:
     credentials = session.get_credentials()
     if credentials is None:
-        return Result("problem", "there are none", _LOG_IN)
+        return Result("problem", "there are none", LOG_IN)
     return Result("ok", f"{_client(session, 'sts').get_caller_identity()['Arn']} (from {credentials.method})")
 
 
@@ -81,9 +80,9 @@ def _role(session: Any, name: str) -> Result:
     try:
         role = _client(session, "iam").get_role(RoleName=name)["Role"]
     except Exception as error:  # boto3 makes the classes of its errors at run time
-        if _code(error) == "NoSuchEntity":
+        if code_of(error) == "NoSuchEntity":
             return Result("problem", f"there is no role {name} in this account", "role=<one that aws iam list-roles names>")
-        if _code(error).startswith("AccessDenied"):
+        if code_of(error).startswith("AccessDenied"):
             return Result("warning", f"you may not look {name} up, so it is not checked", "allow iam:GetRole, or ask the account's owner")
         raise
     policy = role["AssumeRolePolicyDocument"]
@@ -98,20 +97,13 @@ def _asking(ask: Callable[[Any], Result]) -> Result:
     try:
         import boto3  # pyright: ignore[reportMissingImports]  # of the extra aws
     except ImportError:
-        return Result("problem", "boto3 is not installed", "pip install 'gpt-trainer[aws]'")
+        return Result("problem", "boto3 is not installed", INSTALL)
     session: Any = None
     try:
         session = boto3.Session()
         return ask(session)
     except Exception as error:  # a family of libraries, each with errors of its own
-        if code := _code(error):
-            return Result("problem", f"AWS refuses: {code}", f"log in again: {_LOG_IN}")
-        text, kind = _without_secrets(error, session), type(error).__name__
-        if "Credential" in kind or "Token" in kind:
-            return Result("problem", text, _LOG_IN)
-        if kind == "ProfileNotFound":
-            return Result("problem", text, "unset AWS_PROFILE, or make the profile: aws configure sso --profile <name>")
-        return Result("problem", f"AWS cannot be asked: {text}", "see that AWS can be reached (proxy, VPC endpoint), and ~/.aws/config")
+        return Result("problem", *trouble(error, session))
 
 
 def _client(session: Any, name: str) -> Any:
@@ -119,22 +111,3 @@ def _client(session: Any, name: str) -> Any:
 
     patience = Config(connect_timeout=4, read_timeout=6, retries={"total_max_attempts": 1})
     return session.client(name, region_name=session.region_name or "us-east-1", config=patience)
-
-
-def _code(error: Exception) -> str:
-    """AWS's short name of what went wrong, such as ExpiredToken, or nothing."""
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-
-
-def _without_secrets(error: Exception, session: Any) -> str:
-    """An error in a line, from which every part of the credentials is cut, should it be quoted there."""
-    text = f"{type(error).__name__}: {one_line(error, 10_000)}"
-    secrets = [os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")]
-    credentials = None
-    with contextlib.suppress(Exception):  # they may be what is wrong; then there is nothing to hide
-        credentials = session.get_credentials()
-    secrets += [getattr(credentials, name, None) for name in ("access_key", "secret_key", "token")]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    return one_line(text)

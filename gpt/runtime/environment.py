@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import subprocess
 from pathlib import Path
 
 from gpt.config import DeviceConfig
@@ -103,3 +104,15 @@ def minor(version: str) -> tuple[int, int]:
     """The first two numbers of a version; (0, 0) where there are none."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def git_commit() -> str | None:
+    """The commit this code runs from, with `+` if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

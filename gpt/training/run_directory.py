@@ -8,7 +8,6 @@ import os
 import platform
 import random
 import string
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.finetuning.trainable import TableRow
 from gpt.runtime.device import Device
+from gpt.runtime.environment import git_commit
 from gpt.training.freezing_figure import TRAINABLE
 
 
@@ -136,7 +136,7 @@ def describe_environment(device: Device) -> dict[str, Any]:
         "gpt": __version__,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "device": device.description,
         "precision": str(device.dtype).removeprefix("torch."),
         "python": platform.python_version(),
@@ -144,15 +144,3 @@ def describe_environment(device: Device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         **packages,
     }
-
-
-def _git_commit() -> str | None:
-    """The commit this code runs from, with `+` if files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gpt.aws.records import has_completed
 from gpt.config import Span, parse_span
 from gpt.errors import UserError
 from gpt.training.charts import is_finite
@@ -29,8 +30,9 @@ class RunRow:
 
     Its state:
         running: another process, or this one, holds the lock of the directory.
-        finished: `model/config.json` is there, and the last step was made. Where the length of the run is not known in steps,
-            the last step is one that was validated: a run that ends validates, one that is interrupted does not.
+        finished: `model/config.json` is there, or a training job has made it elsewhere (job.json), and the last step was made. Where the
+            length of the run is not known in steps, the last step is one that was validated: a run that ends validates, one that is
+            interrupted does not.
         interrupted: neither, but some step was made. That it was killed, stopped or ended by an error is not to be told from files.
         not started: neither, and no step was made.
         broken: config.yaml is missing or cannot be read; `problem` says so.
@@ -84,7 +86,7 @@ def describe_run(directory: Path) -> RunRow:
     state: State = (
         "running" if is_locked(directory)
         else "broken" if broken
-        else "finished" if done and os.path.isfile(directory / "model" / "config.json")
+        else "finished" if done and (os.path.isfile(directory / "model" / "config.json") or has_completed(directory))
         else "interrupted" if step else "not started"
     )  # fmt: skip
     return RunRow(
