@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from baseline_classification import classification
 from benchmark_checkpoint import checkpoints
 from benchmark_data import batches, encoding
 from benchmark_freezing import freezing
@@ -182,6 +183,7 @@ BENCHMARKS = {
     "startup": startup, "attention": attention, "loss": loss, "step": step, "documents": documents,
     "encoding": encoding, "batches": batches, "preparation": preparation,
     "training": training, "trainer_overhead": trainer_overhead, "freezing": freezing, "quality": time_to_quality,
+    "classification": classification,
     "checkpoints": checkpoints,
     "decode": decode, "cache": cache, "first_token": first_token, "load": load,
 }  # fmt: skip

@@ -1,0 +1,42 @@
+"""The baseline of the classification experiment: it sees what a run sees, and chooses by what it is given to train on."""
+
+import itertools
+
+import pytest
+
+from gpt.training.data import open_training_data
+from scripts.baseline_classification import Examples, fit_baseline, read_split
+from tests.training.finetuning import finetune_config, save_small_model, write_rows
+from tests.training.test_classifiers import THINGS
+
+
+def test_held_out_examples_are_those_that_a_run_is_measured_on(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", THINGS)
+    config = finetune_config(tmp_path, save_small_model(tmp_path / "init"), rows, "data.holdout=0.3")
+    data = open_training_data(config, 4, lambda text: None)
+    measured = [
+        (data.tokenizer.decode(example.ids), data.classes[example.classes[len(example.ids) - 1]]) for example in data.labelled(1000)
+    ]
+    train, held_out = read_split(config.data)
+    assert sorted(zip(held_out.texts, held_out.labels, strict=True)) == sorted(measured)
+    both = [*zip(train.texts, train.labels, strict=True), *zip(held_out.texts, held_out.labels, strict=True)]
+    assert sorted(both) == sorted((row["text"], row["label"]) for row in THINGS)
+
+
+@pytest.fixture
+def orders() -> Examples:
+    """Two words in one order or the other, among others: only who counts pairs can tell."""
+    around = [f"{a} {{}} {b}" for a, b in itertools.product("pqrst", "vwxyz")]
+    pairs = {"red_first": "red blue", "blue_first": "blue red"}
+    return Examples([text.format(pair) for text in around for pair in pairs.values()], [label for _ in around for label in pairs])
+
+
+def test_features_are_chosen_by_cross_validation_and_scored_on_the_rest(orders):
+    held_out = Examples(
+        ["m red blue n", "m blue red n", "o red blue n", "o blue red n"], ["red_first", "blue_first", "red_first", "red_first"]
+    )
+    found = fit_baseline(orders, held_out, ["words", "words and pairs"])
+    assert (found.features, found.cross_validated) == ("words and pairs", 1.0)
+    assert found.accuracy == 0.75
+    assert found.macro_f1 == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert fit_baseline(orders, held_out, ["words"]).cross_validated < 0.7
