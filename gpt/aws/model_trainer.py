@@ -12,6 +12,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from gpt.aws.dry_run import check_before
 from gpt.aws.training_job import TrainingJob, job_name, plan_job, region_of
 from gpt.config import RunConfig
 from gpt.errors import UserError
@@ -32,7 +33,7 @@ def as_model_trainer(config: RunConfig, sagemaker_session: Session | None = None
         sagemaker_session: the SDK's, a PipelineSession in a Pipeline; None: one of the config's region.
 
     Raises:
-        UserError: the SDK is not installed, or the job cannot be planned or its files not be uploaded.
+        UserError: the SDK is not installed, something is wrong with the job (all of it, a note each), or its files cannot be uploaded.
     """
     if config.launch.name != "sagemaker":
         raise UserError(f"launch={config.launch.name}: a ModelTrainer is of launch=sagemaker; compose the config with that")
@@ -47,6 +48,7 @@ def as_model_trainer(config: RunConfig, sagemaker_session: Session | None = None
         ) from error
     session = sagemaker_session or Session(boto_session=boto3.Session(region_name=region_of(config)))
     job = _plan(config, session.boto_region_name)
+    check_before(job, config).refuse()
     request = job.request
     compute, stop = request["ResourceConfig"], request["StoppingCondition"]
     trainer = _trainer_class()(

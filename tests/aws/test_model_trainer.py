@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from request_builder import REGION, job_config, planned  # not tests.aws: the SDK brings a package `tests`
 
 import gpt.aws
 from gpt.aws import images
 from gpt.errors import UserError
-from tests.aws.request_builder import REGION, job_config, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_sdk = pytest.mark.skipif(importlib.util.find_spec("sagemaker") is None, reason="the SageMaker Python SDK is not installed")
