@@ -10,11 +10,11 @@ from typing import Any
 
 import hydra
 import pytest
-from conftest import BUCKET
 from moto.sagemaker.models import sagemaker_backends
 
 from gpt.aws import jobs
 from gpt.cli import main
+from tests.aws.conftest import BUCKET
 from tests.aws.request_builder import ROLE
 
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/gpt:cuda"

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 from botocore.exceptions import ClientError, NoCredentialsError, ReadTimeoutError
-from job_standins import EXPIRED, THROTTLED, UNREACHABLE, refusal
 
 from gpt.aws.session import Aws, explained, is_transient, needs_login
 from gpt.errors import UserError
+from tests.aws.job_standins import EXPIRED, THROTTLED, UNREACHABLE, refusal
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 from botocore.stub import Stubber
-from conftest import BUCKET
-from job_standins import START, transition
-from moto_jobs import SETTINGS, every_job, force, write_log
 
 from gpt.aws.records import local_runs, read_submissions
 from gpt.aws.session import Aws
+from tests.aws.conftest import BUCKET
+from tests.aws.job_standins import START, transition
+from tests.aws.moto_jobs import SETTINGS, every_job, force, write_log
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from job_standins import JOB, described, submission
 
 from gpt.aws.digest import cost_of, digest, exit_code, failing_host, state_of, summary
 from gpt.aws.hints import hint_for
+from tests.aws.job_standins import JOB, described, submission
 
 
 def text(description, tails=None, metrics=None, **of_submission) -> str:

@@ -12,12 +12,12 @@ import zlib
 from types import SimpleNamespace
 
 import pytest
-from conftest import BUCKET
-from job_standins import refusal
 
 from gpt.aws import fetching
 from gpt.aws.fetching import Fetched, Remote, checks, fetch, weights_and_report
 from gpt.errors import UserError
+from tests.aws.conftest import BUCKET
+from tests.aws.job_standins import refusal
 
 RUN = f"s3://{BUCKET}/gpt/kmqz/checkpoints/kmqz"
 PREFIX = "gpt/kmqz/checkpoints/kmqz/"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from job_standins import DENIED, EXPIRED, JOB, THROTTLED, UNREACHABLE, Script, described, transition
 
 from gpt.aws.following import Line, LogTail, Outcome, Transitions, follow, last_lines, metrics_of
 from gpt.errors import UserError
+from tests.aws.job_standins import DENIED, EXPIRED, JOB, THROTTLED, UNREACHABLE, Script, described, transition
 
 RUNNING, DONE = described("InProgress", "Training"), described("Completed")
 

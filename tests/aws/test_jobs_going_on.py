@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BUCKET
-from moto_jobs import SETTINGS
 
 from gpt.aws import jobs
+from tests.aws.conftest import BUCKET
+from tests.aws.moto_jobs import SETTINGS
 from tests.aws.request_builder import content_of
 
 TINY = (

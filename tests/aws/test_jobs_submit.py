@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import BUCKET
 from filelock import FileLock
-from job_standins import refusal
-from moto_jobs import SETTINGS, force, write_log
 
 from gpt.aws import jobs
 from gpt.aws.records import read_submissions
+from tests.aws.conftest import BUCKET
+from tests.aws.job_standins import refusal
+from tests.aws.moto_jobs import SETTINGS, force, write_log
 
 JOB_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BUCKET
-from moto_jobs import SETTINGS, every_job, force
 
 from gpt.aws import sweeping
+from tests.aws.conftest import BUCKET
+from tests.aws.moto_jobs import SETTINGS, every_job, force
 
 SWEEP = ("pretrain", "-m", *SETTINGS, "run.id=lr", "train.budget=10steps")
 RATES = "optimizer.lr=0.001,0.002,0.003,0.004,0.005"

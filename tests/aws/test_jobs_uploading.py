@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 from boto3.exceptions import S3UploadFailedError
-from conftest import BUCKET
-from job_standins import refusal
 
 from gpt.aws.shipping import Upload
 from gpt.aws.uploading import split_uri, upload
 from gpt.errors import UserError
+from tests.aws.conftest import BUCKET
+from tests.aws.job_standins import refusal
 
 KEY_ARN = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555"
 
