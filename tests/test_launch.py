@@ -159,7 +159,7 @@ def test_processes_wait_for_each_other_as_long_as_is_said(settings, seconds, con
     monkeypatch.setattr(api, "elastic_launch", lambda settings, program: lambda *arguments: None)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     assert START(config("parallel=ddp", "launch.max_restarts=2", *settings), 3) == 0
-    assert asked[0]["rdzv_configs"] == {"timeout": seconds, "is_host": True}
+    assert asked[0]["rdzv_configs"] == {"join_timeout": seconds, "is_host": True}
     assert (asked[0]["nproc_per_node"], asked[0]["max_restarts"], asked[0]["min_nodes"]) == (3, 2, 1)
     assert asked[0]["run_id"].startswith("pretrain-")
 

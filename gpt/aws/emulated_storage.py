@@ -105,7 +105,8 @@ class CheckpointSync:
                 target, other = self._target / name, self._owner.setdefault(name, number)
                 try:
                     if other != number and not filecmp.cmp(folder / name, target, shallow=False):
-                        self._say(f"warning: hosts {other + 1} and {number + 1} both write checkpoints/{name}, with different content")
+                        one, two = sorted((other + 1, number + 1))
+                        self._say(f"warning: hosts {one} and {two} both write checkpoints/{name}, with different content")
                     _put(target, lambda aside, file=folder / name: shutil.copyfile(file, aside))
                 except FileNotFoundError:  # removed, or renamed, in the meantime
                     found.pop(name)

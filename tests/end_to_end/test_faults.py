@@ -356,9 +356,9 @@ def test_a_clock_that_goes_back_an_hour_changes_nothing(config_of, tmp_path, mon
 def test_a_budget_of_time_is_that_of_the_monotonic_clock(config_of, monkeypatch):
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() - 3600 * (time.monotonic() % 2 > 1))
-    result = Trainer(config_of("train.budget=1s")).fit()
+    result = Trainer(config_of("train.budget=3s")).fit()
     assert result.state.step > 0
-    assert 1 <= result.state.seconds < 10
+    assert 3 <= result.state.seconds < 12
 
 
 def test_durations_are_never_differences_of_the_wall_clock():
@@ -366,7 +366,8 @@ def test_durations_are_never_differences_of_the_wall_clock():
     for path in (ROOT / "gpt").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\btime\.time(_ns)?\(|from time import", text), path
-        assert not re.search(r"(now\([^)]*\)\s*-\s)|(-\s*datetime\.datetime)|total_seconds\(", text), path
+        if path.parent.name != "aws":  # whose clock tells the times of a job
+            assert not re.search(r"(now\([^)]*\)\s*-\s)|(-\s*datetime\.datetime)|total_seconds\(", text), path
 
 
 # The run directory
