@@ -287,18 +287,19 @@ def _install(channel: Path, target: Path) -> None:
 
 def _is_installed(need: str) -> bool:
     """Whether a requirement, such as `hydra-core>=1.3.8,<1.4`, is met; of what restricts the version, `>=` and `<` count."""
-    name, limits = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[[^]]*\])?\s*\(?([^;)]*)\)?.*", need).groups()  # type: ignore[union-attr]
+    need = need.partition(";")[0]
+    name = re.split(r"[^\w.-]", need.strip(), maxsplit=1)[0]
     try:
         there = _numbers(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return False
-    borders = re.findall(r"(>=|<(?!=))\s*([\d.]+)", limits)
+    borders = re.findall(r"(>=|<(?!=))\s*([\d.]+)", need)
     return all((there >= _numbers(version)) == (sign == ">=") for sign, version in borders)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     """`2.13.0+cu130` as (2, 13), which is 2.13 too."""
-    numbers = [int(number) for number in re.match(r"\d+(\.\d+)*", version)[0].split(".")]  # type: ignore[index]
+    numbers = [int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])]
     while numbers and not numbers[-1]:
         numbers.pop()
     return tuple(numbers)

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from gpt.aws.config import UNSET
 from gpt.aws.instances import Instance, find_instance, has_own_disks
 from gpt.config import LaunchConfig, RunConfig, at_least, parse_span
 from gpt.errors import UserError
@@ -127,7 +126,6 @@ def _machine(config: RunConfig) -> Iterator[str]:
             )
     if instance is not None:
         yield from _devices(config, instance)
-        yield from _storage(launch, instance)
     elif config.parallel.name == "none" and launch.instance_count > 1:
         yield _alone(f"launch.instance_count={launch.instance_count}", "one process on one machine")
 
@@ -148,17 +146,6 @@ def _devices(config: RunConfig, instance: Instance) -> Iterator[str]:
 
 def _alone(what: str, uses: str) -> str:
     return f"{what}: parallel=none uses {uses}; add parallel=ddp, or parallel=fsdp for a model that one device cannot hold"
-
-
-def _storage(launch: LaunchConfig, instance: Instance) -> Iterator[str]:
-    """Disks of the machine's own have their size, and keys of their hardware."""
-    if instance.local_gb and launch.volume_kms_key not in (None, UNSET):
-        yield (
-            f"launch.volume_kms_key={launch.volume_kms_key}: {instance.type} has disks of its own, whose hardware encrypts them with a key "
-            "that nobody can name; leave it out"
-        )
-    if 1 < instance.local_gb < launch.volume_gb:
-        yield f"launch.volume_gb={launch.volume_gb}: the disks of {instance.type} have {instance.local_gb} GB; ask for no more"
 
 
 def _said(check: Callable[..., object], *arguments: object) -> Iterator[str]:

@@ -51,11 +51,6 @@ WRONG = {
     ("launch.instance_type=ml.m5.large", "device=cuda"): "device=cuda: ml.m5.large has a CPU; leave device out, or take another machine, "
     "such as launch/instance=gpu",
     ("parallel=ddp", "launch.nproc=2"): "launch.nproc=2: ml.g6.2xlarge has 1 L4; leave it out, which takes them all",
-    (
-        "launch.volume_kms_key=k",
-    ): "launch.volume_kms_key=k: ml.g6.2xlarge has disks of its own, whose hardware encrypts them with a key that "
-    "nobody can name; leave it out",
-    ("launch.volume_gb=1000",): "launch.volume_gb=1000: the disks of ml.g6.2xlarge have 450 GB; ask for no more",
 }
 
 
@@ -141,6 +136,7 @@ def test_a_run_of_this_machine_may_be_continued_elsewhere(tmp_path):
 
 def test_a_dry_run_tells_of_the_config_and_of_the_request_together():
     settings = ["launch/instance=h100", "launch/security=secure", "launch.spot=true", "launch.max_wait=1h", "launch.keep_alive=30min"]
+    settings += ["launch.volume_kms_key=k", "launch.volume_gb=100000"]
     config = job_config(
         *settings, "launch.subnets=[subnet-0a1b2c3d4e5f67890]", "launch.max_cost=10", "launch.dry_run=true", f"launch.region={REGION}"
     )
@@ -148,5 +144,5 @@ def test_a_dry_run_tells_of_the_config_and_of_the_request_together():
     told = {problem.key for problem in check.refused}
     assert told == {
         "launch.max_cost", "launch.max_wait", "launch.keep_alive", "launch.instance_type", "launch.output_kms_key", "launch.upload_kms_key",
-        "launch.security_groups",
+        "launch.security_groups", "launch.volume_kms_key", "launch.volume_gb",
     }  # fmt: skip
