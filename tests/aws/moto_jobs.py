@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from moto.sagemaker.models import sagemaker_backends
 
@@ -47,16 +45,8 @@ def write_log(aws: Any, job: str, *lines: str, host: int = 1) -> None:
     logs.put_log_events(logGroupName=group, logStreamName=stream, logEvents=events)
 
 
-@functools.cache
-def _composed(compose: Callable[..., Any], root: str, overrides: tuple[str, ...]) -> Any:
-    """What Hydra makes of the same groups, once: it takes longer for it than all the rest."""
-    return compose(root, list(overrides))
-
-
 def command_line(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """`gpt <command> ...` in a folder of its own that holds book.txt: exit code, stdout, stderr. No time passes."""
-    compose = hydra.compose
-    monkeypatch.setattr("hydra.compose", lambda root, overrides: copy.deepcopy(_composed(compose, root, tuple(overrides))))
     monkeypatch.chdir(folder)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setattr(jobs, "follow", functools.partial(jobs.follow, pause=lambda seconds: None))

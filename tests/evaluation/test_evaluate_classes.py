@@ -13,7 +13,7 @@ from gpt.errors import UserError
 from gpt.evaluation.command import evaluate
 from gpt.inference.command import generate
 from gpt.training.trainer import Result, Trainer
-from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, save_small_model, write_rows
+from tests.training.finetuning import SUMS, finetune_config, save_small_model, write_rows
 from tests.training.test_classifiers import PEOPLE, THINGS
 
 
@@ -24,7 +24,6 @@ def runs(tmp_path_factory) -> dict[str, Result]:
     init = save_small_model(folder / "init")
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        compose_groups_once(patch)
         patch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
         for name, rows, steps in (("texts", THINGS, 6), ("words", PEOPLE, 3)):
             file = write_rows(folder / f"{name}.jsonl", rows)
@@ -36,7 +35,6 @@ def runs(tmp_path_factory) -> dict[str, Result]:
 @pytest.fixture
 def figures(tmp_path, monkeypatch):
     """Runs `gpt evaluate` with these arguments and returns its figures."""
-    compose_groups_once(monkeypatch)
 
     def run(*arguments: str) -> dict:
         output = tmp_path / "figures.json"

@@ -8,12 +8,7 @@ from gpt.errors import UserError
 from gpt.evaluation.command import evaluate
 from gpt.model.transformer import GPT
 from gpt.training.trainer import Result, Trainer
-from tests.training.finetuning import CHATS, SUMS, compose_groups_once, finetune_config, nats, save_small_model, write_rows
-
-
-@pytest.fixture(autouse=True)
-def quick_compositions(monkeypatch):
-    compose_groups_once(monkeypatch)
+from tests.training.finetuning import CHATS, SUMS, finetune_config, nats, save_small_model, write_rows
 
 
 @pytest.fixture

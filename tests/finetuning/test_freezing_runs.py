@@ -26,7 +26,7 @@ from tests.training.finetuning import SUMS, finetune_config, stop_in_the_middle,
 GRADUAL = ["freeze=last_n_only", "unfreeze=[{at: 7, blocks: '0'}, {at: 0.75, all: true}]", "layerwise_lr_decay=0.8", "train.budget=20steps"]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

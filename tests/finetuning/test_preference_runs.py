@@ -27,7 +27,7 @@ PAIRS = [
 LEARNING = ["optimizer.lr=0.003", "train.budget=40steps", "train.eval_every=20", "data.holdout=0.2"]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

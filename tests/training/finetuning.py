@@ -1,7 +1,5 @@
 """A small model to fine-tune, rows to fine-tune it on, and what they cost when they are scored one by one."""
 
-import copy
-import functools
 import json
 import os
 import signal
@@ -9,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -46,19 +42,6 @@ def save_small_model(folder: Path) -> Path:
             parameter.mul_(4 if parameter.dim() == 2 else 1)
     model.save_pretrained(folder, tokenizer=byte_tokenizer())
     return folder
-
-
-def compose_groups_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the same groups composed once only: Hydra takes longer for it than a small run."""
-    monkeypatch.setattr("hydra.compose", lambda root, overrides: copy.deepcopy(_composed(root, tuple(overrides))))
-
-
-_compose = hydra.compose
-
-
-@functools.cache
-def _composed(root: str, overrides: tuple[str, ...]) -> Any:
-    return _compose(root, list(overrides))
 
 
 def finetune_config(folder: Path, init: Path, rows: Path | str, *overrides: str) -> RunConfig:

@@ -1,20 +1,19 @@
-"""Trains several configs, one after another, in the processes that torchrun has started: `process_runs.py <folder of config files>`.
+"""Trains several configs, one after another, as one of several processes (tests/processes.py), without their reports.
 
 `nan` in a config file's name makes gradients of the last process not a number at step 4.
 """
 
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
 
 from gpt.compose import load_config
+from gpt.training import results
 from gpt.training.step import Step
 from gpt.training.trainer import Trainer
 
-torch.set_num_threads(1)
 step = Step.__call__
 
 
@@ -35,12 +34,10 @@ def step_with_nan(self: Step, *arguments, **options) -> bool:
     return step(self, *arguments, **options)
 
 
-def main() -> None:
-    for file in sorted(Path(sys.argv[1]).glob("*.yaml")):
+def train_all(folder: Path) -> None:
+    """Train the configs of a folder."""
+    results.write_report = lambda directory, *_: directory / "report.html"
+    for file in sorted(folder.glob("*.yaml")):
         Step.__call__ = step_with_nan if "nan" in file.name else step
         torch._dynamo.reset()  # else a run finds the graphs of the one before, and at last too many of them
         Trainer(load_config(file)).fit()
-
-
-if __name__ == "__main__":
-    main()

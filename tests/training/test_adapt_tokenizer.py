@@ -24,7 +24,7 @@ from tests.training.test_trainer import assert_same_run, losses
 TRAIN = ["adapt_tokenizer=train", "tokenizer=bpe", "tokenizer.vocab_size=320"]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

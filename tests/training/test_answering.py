@@ -17,12 +17,7 @@ from gpt.runtime.distributed import World
 from gpt.training.answering import Answering
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Result, Trainer
-from tests.training.finetuning import CHATS, SUMS, compose_groups_once, finetune_config, save_small_model, write_rows
-
-
-@pytest.fixture(autouse=True)
-def quick_compositions(monkeypatch):
-    compose_groups_once(monkeypatch)
+from tests.training.finetuning import CHATS, SUMS, finetune_config, save_small_model, write_rows
 
 
 @pytest.fixture

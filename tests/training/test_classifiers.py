@@ -48,7 +48,7 @@ PEOPLE = [
 LEARN = ["train.budget=40steps", "train.eval_every=20", "train.batch_tokens=1024", "optimizer.lr=0.01", "data.holdout=0.2"]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compositions")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

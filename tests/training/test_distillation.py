@@ -35,7 +35,7 @@ TOKENS = 257
 LIKELY = ["distill.top_k=8", "train.budget=3epochs", "train.batch_tokens=512", "freeze.cache=off"]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture(scope="module")

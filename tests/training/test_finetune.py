@@ -26,7 +26,7 @@ from tests.training.finetuning import (
 )
 from tests.training.test_trainer import assert_same_run, losses
 
-pytestmark = pytest.mark.usefixtures("quick_compositions")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from gpt.model.transformer import GPT
 from gpt.training.export import export
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
-from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, stop_in_the_middle, write_rows
+from tests.training.finetuning import SUMS, finetune_config, stop_in_the_middle, write_rows
 
 LORA = ["lora.rank=4", "optimizer.lr=2e-2", "train.log_every=1"]
 TOKENS = torch.arange(32).reshape(2, 16) + 40
@@ -29,7 +29,6 @@ CLOSE: Any = {"rtol": 1e-4, "atol": 3e-5}
 @pytest.fixture
 def run(tmp_path, init, monkeypatch):
     """Makes small fine-tuning runs; takes overrides, returns the run directory."""
-    compose_groups_once(monkeypatch)
     rows = write_rows(tmp_path / "rows.jsonl", SUMS)
 
     def make(name: str, *overrides: str, start: Path | str = init) -> Path:

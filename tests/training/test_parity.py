@@ -24,7 +24,7 @@ from gpt.runtime.device import find_device
 from gpt.training import parity as module
 from gpt.training.layout import Layout, first_weights, lay_out
 from gpt.training.parity import FLOOR, LOGITS, LOSS, Error, Place, _observe, _one_batch, compare, judge, parity
-from tests.training.finetuning import compose_groups_once, save_small_model
+from tests.training.finetuning import save_small_model
 
 SMALL = ["debug=golden", "model.n_layer=4", "train.batch_tokens=256", "device=cpu"]
 GPT2 = ["model.norm=layernorm", "model.bias=true", "model.activation=gelu_tanh", "model.qk_norm=false", "model.positions=learned"]
@@ -41,7 +41,6 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    compose_groups_once(monkeypatch)
     monkeypatch.setattr("gpt.training.parity.gc.collect", lambda *_: 0)  # among everything that pytest holds it takes longer than a pass
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from finetuning import SMALL, SUMS, compose_groups_once, save_small_model, write_rows
+from finetuning import SMALL, SUMS, save_small_model, write_rows
 
 import gpt.sweep
 from gpt.cli import main
@@ -34,7 +34,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def search(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """The command on a tiny model: exit code, stdout, stderr."""
-    compose_groups_once(monkeypatch)
     places = [f"init={start}", "data=jsonl", f"data.paths=[{start.parent / 'rows.jsonl'}]", f"data.cache_dir={tmp_path / 'cache'}"]
 
     def call(*arguments: str) -> tuple[int, str, str]:

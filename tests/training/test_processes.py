@@ -17,10 +17,11 @@ from gpt.compose import compose_run
 from gpt.config import RunConfig
 from gpt.training.metrics import read_metrics
 from tests.end_to_end.test_pretrain import wait_for_step
+from tests.processes import run
 from tests.training.conftest import settings
 from tests.training.finetuning import SUMS, save_small_model, write_rows
+from tests.training.process_runs import train_all
 
-WORKER = Path(__file__).with_name("process_runs.py")
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     2: {
@@ -45,10 +46,7 @@ def launch(configs: dict[str, RunConfig], folder: Path, processes: int) -> None:
     for name, config in configs.items():
         config.run.id = name
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*torchrun, WORKER, folder], capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run(train_all, (folder,), processes, folder / "log")
 
 
 def curve(run: Path, key: str) -> list[float]:

@@ -15,15 +15,10 @@ from gpt.errors import UserError
 from gpt.training.data import open_training_data
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
-from tests.training.finetuning import SUMS, compose_groups_once, finetune_config, save_small_model, stop_in_the_middle, write_rows
+from tests.training.finetuning import SUMS, finetune_config, save_small_model, stop_in_the_middle, write_rows
 from tests.training.test_trainer import assert_same_run, losses
 
 T = 64  # of debug=golden
-
-
-@pytest.fixture(autouse=True)
-def quick_compositions(monkeypatch):
-    compose_groups_once(monkeypatch)
 
 
 @pytest.fixture
