@@ -23,12 +23,11 @@ from gpt.config import RunConfig
 from gpt.training.checkpoint import COMPLETE, STATE, find_damage, list_checkpoints, read_state
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
-from tests.end_to_end.test_pretrain import SMALL, assert_same_end, limit_file_size, run, wait_for_step
+from tests.end_to_end.test_pretrain import SMALL, assert_same_end, call, limit_file_size, run, wait_for_step
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 
 ROOT = Path(__file__).parents[2]
 KILLER = Path(__file__).with_name("killed_runs.py")
-KILLS = 20
 
 
 @pytest.fixture
@@ -62,6 +61,7 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
     return error
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_that_ends_with_its_first_step_has_a_line_of_metrics(config_of, tmp_path):
     """What the first step measured is dropped, for it takes longer, but not where it is all there is."""
     assert Trainer(config_of("run.id=r", "train.budget=1steps", "train.log_every=10")).fit().exit_code == 0
@@ -71,20 +71,21 @@ def test_a_run_that_ends_with_its_first_step_has_a_line_of_metrics(config_of, tm
 # SIGKILL
 
 
-def killed_over_and_over(config: RunConfig, folder: Path) -> dict[str, int]:
-    """Kill runs of a config at 20 random instants; those that come to an end are the one that was not killed, bit for bit."""
+def killed_over_and_over(config: RunConfig, folder: Path, kills: int) -> dict[str, int]:
+    """Kill runs of a config at random instants; those that come to an end are the one that was not killed, bit for bit."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config.to_dict()))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    killer = [sys.executable, str(KILLER), str(file), str(KILLS)]
+    killer = [sys.executable, str(KILLER), str(file), str(kills)]
     done = subprocess.run(killer, capture_output=True, text=True, timeout=280, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_killed_at_twenty_random_instants_a_run_ends_as_if_it_had_not_been(config_of, tmp_path):
-    counts = killed_over_and_over(config_of("train.budget=24steps", "checkpoint.every=1steps", "train.eval_every=8"), tmp_path)
-    assert counts["kills"] == KILLS
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_instants_a_run_ends_as_if_it_had_not_been(config_of, tmp_path, kills):
+    counts = killed_over_and_over(config_of("train.budget=24steps", "checkpoint.every=1steps", "train.eval_every=8"), tmp_path, kills)
+    assert counts["kills"] == kills
     assert counts["unfinished"] > 0, "some kills were to come while a checkpoint was being written"
 
 
@@ -95,7 +96,7 @@ def test_killed_at_random_a_finetuning_with_dropout_and_an_average_ends_alike(tm
     places = [f"data.paths=[{rows}]", f"init={model}", f"data.cache_dir={cache_dir}", f"run.dir={tmp_path / 'runs'}"]
     length = ["train.batch_tokens=256", "train.budget=30steps", "checkpoint.every=2steps", "train.eval_every=9", "train.sample_tokens=2"]
     settings = ["debug=golden", "data=jsonl", *places, *length, "train.ema=0.9", "model.dropout=0.1", "optimizer=muon"]
-    assert killed_over_and_over(compose_run("finetune", settings), tmp_path)["kills"] == KILLS
+    assert killed_over_and_over(compose_run("finetune", settings), tmp_path, 20)["kills"] == 20
 
 
 # SIGTERM
@@ -256,6 +257,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(command, tmp_path):
 # Damaged files
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 @pytest.mark.parametrize("name", ["optimizer/state.safetensors", "state.json"])
 def test_from_a_damaged_checkpoint_the_one_before_it_is_taken(command, whole, killed, capsys, name, damage):
@@ -306,14 +308,22 @@ def test_a_damaged_config_is_named_and_nothing_is_replaced(command, killed, caps
     assert files_of(killed) == before
 
 
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory, corpus, cache_dir) -> Path:
+    """A run of 4 steps that may go on."""
+    runs = tmp_path_factory.mktemp("four")
+    places = [f"data.paths=[{corpus}]", f"data.cache_dir={cache_dir}", f"run.dir={runs}"]
+    assert main(["pretrain", *SMALL, "train.eval_every=0", *places, "run.id=r", "schedule=constant", "train.budget=4steps"]) == 0
+    return runs / "r"
+
+
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("tail", [b'{"step": 5, "lo', '{"step": 5, "note": "\u00fc'.encode()[:-1], b"\0" * 40, b'{"step": 4}\n{"step"'])
-def test_metrics_that_a_kill_cut_short_lose_that_line_and_no_other(config_of, tmp_path, tail):
-    settings = ["run.id=r", "schedule=constant"]
-    Trainer(config_of(*settings, "train.budget=4steps")).fit()
-    file = tmp_path / "runs" / "r" / "metrics.jsonl"
+def test_metrics_that_a_kill_cut_short_lose_that_line_and_no_other(config_of, four_steps, tmp_path, tail):
+    file = shutil.copytree(four_steps, tmp_path / "runs" / "r") / "metrics.jsonl"
     first = file.read_bytes()
     file.write_bytes(first + tail)
-    Trainer(config_of(*settings, "train.budget=7steps")).fit()
+    Trainer(config_of("run.id=r", "schedule=constant", "train.budget=7steps")).fit()
     assert file.read_bytes().startswith(first)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert sorted({line["step"] for line in lines}) == list(range(1, 8))
@@ -378,7 +388,7 @@ def test_a_second_process_is_refused_and_a_killed_one_does_not_block(command, tm
     first = subprocess.Popen(command(*settings, "train.budget=100000steps"), stderr=subprocess.DEVNULL)
     wait_for_step(tmp_path / "runs" / "r", 5, first)
     before = steps_of(tmp_path / "runs" / "r")
-    assert f"another process is working in {tmp_path / 'runs' / 'r'}" in error_of(run(command(*settings)))
+    assert f"another process is working in {tmp_path / 'runs' / 'r'}" in error_of(call(command(*settings)))
     assert steps_of(tmp_path / "runs" / "r")[: len(before)] == before, "the refused one touches nothing"
     assert first.poll() is None
     first.kill()
@@ -387,16 +397,22 @@ def test_a_second_process_is_refused_and_a_killed_one_does_not_block(command, tm
     assert "resuming from" in capsys.readouterr().err
 
 
-def test_a_run_directory_that_is_removed_meanwhile_is_made_again(command, tmp_path):
-    settings = ["run.id=r", "train.budget=150steps", "checkpoint.every=30steps"]
+def test_a_run_directory_that_is_removed_meanwhile_is_made_again(command, tmp_path, monkeypatch):
+    settings = ["run.id=r", "checkpoint.every=10steps"]
     run_directory = tmp_path / "runs" / "r"
-    process = subprocess.Popen(command(*settings), stderr=subprocess.PIPE, text=True)
-    wait_for_step(run_directory, 5, process)
-    run_directory.rename(tmp_path / "gone")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert stderr.count("was removed while the run goes on") == 1
-    assert steps_of(run_directory)[-1] == 150
+    step = Trainer._next_step
+
+    def step_and_remove(self: Trainer, stop: bool) -> bool:
+        if self.state.step == 15:
+            run_directory.rename(tmp_path / "gone")
+        return step(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_next_step", step_and_remove)
+        done = call(command(*settings, "train.budget=35steps"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("was removed while the run goes on") == 1
+    assert steps_of(run_directory)[-1] == 35
     assert (run_directory / "model" / "model.safetensors").is_file()
-    assert main(command(*settings, "train.budget=151steps")[3:]) == 0
-    assert read_state(list_checkpoints(run_directory / "checkpoints")[-1][1]).step == 151
+    assert main(command(*settings, "train.budget=36steps")[3:]) == 0
+    assert read_state(list_checkpoints(run_directory / "checkpoints")[-1][1]).step == 36

@@ -17,7 +17,7 @@ from gpt.compose import compose_run
 from gpt.config import RunConfig
 from gpt.training.metrics import read_metrics
 from tests.end_to_end.test_pretrain import wait_for_step
-from tests.processes import run
+from tests.processes import run_together
 from tests.training.conftest import settings
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 from tests.training.process_runs import train_all
@@ -46,7 +46,7 @@ def launch(configs: dict[str, RunConfig], folder: Path, processes: int) -> None:
     for name, config in configs.items():
         config.run.id = name
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    run(train_all, (folder,), processes, folder / "log")
+    run_together(train_all, folder, processes=processes, log=folder / "log")
 
 
 def curve(run: Path, key: str) -> list[float]:
