@@ -1,7 +1,5 @@
 """Fixtures for all tests: nothing reaches the network, and text comes from Python's own standard library."""
 
-import copy
-import functools
 import gc
 import os
 import sysconfig
@@ -9,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from hypothesis import settings
 
 import gpt.compose
-from gpt.arguments import config_directory
+from tests.compositions import compose_once
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if device := os.environ.get("GPT_TEST_DEVICE"):  # runs that name no device take this one (tests/training/test_neuron_sim_runs.py)
@@ -25,23 +22,7 @@ if device := os.environ.get("GPT_TEST_DEVICE"):  # runs that name no device take
         return compose_run(command, arguments if named else [*arguments, f"device.name={device}"], *rest)
 
     gpt.compose.compose_run = compose_run_there
-
-hydra_compose = hydra.compose
-
-
-@functools.cache
-def composed(folder: str, root: str, overrides: tuple[str, ...]) -> Any:
-    return hydra_compose(root, list(overrides))
-
-
-def compose_once(root: str, overrides: list[str]) -> Any:
-    """What Hydra makes of a choice of groups, once in this process: it takes longer than a small run. A user's own folder may change."""
-    if any(override.startswith("hydra.searchpath=") for override in overrides):
-        return hydra_compose(root, overrides)
-    return copy.deepcopy(composed(str(config_directory()), root, tuple(overrides)))
-
-
-hydra.compose = compose_once
+compose_once()
 settings.register_profile("gpt", deadline=None)  # tests share their cores with others
 settings.load_profile("gpt")
 

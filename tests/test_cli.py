@@ -44,15 +44,15 @@ def run(*arguments: str | bytes, cwd: Path, command: list[str] = MODULE, **envir
     return subprocess.run([*command, *arguments], capture_output=True, timeout=60, cwd=cwd, env=names)
 
 
-def seconds(arguments: list[str], cwd: Path) -> float:
-    """Of a processor, the best of three: what the command needs, not what else the machine was doing. It waits for nothing else."""
-    taken = []
-    for _ in range(3):
+def answers_within(limit: float, arguments: list[str], cwd: Path) -> bool:
+    """Seconds of a processor, once in five times: what it needs, not what else the machine was doing. It waits for nothing else."""
+    for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run(*arguments, cwd=cwd)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(taken)
+        if after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < limit:
+            return True
+    return False
 
 
 def call(*arguments: str) -> tuple[int, str, str]:
@@ -67,7 +67,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
 def test_help_answers_within_half_a_second(arguments, tmp_path):
-    assert seconds(arguments, tmp_path) < 0.5
+    assert answers_within(0.5, arguments, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_help_answers_within_half_a_second(arguments, tmp_path):
     ["pretrain model.n_hed=3", "pretrain model.n_layer=three", "pretrain model=gpt3", "pretrain model.d_model=190", "pretrain data=text"],
 )
 def test_a_config_error_comes_within_a_second(arguments, tmp_path):
-    assert seconds(arguments.split(), tmp_path) < 1
+    assert answers_within(1, arguments.split(), tmp_path)
 
 
 def test_neither_help_nor_config_errors_import_torch(tmp_path):
@@ -83,6 +83,8 @@ def test_neither_help_nor_config_errors_import_torch(tmp_path):
     script = (
         "import contextlib, io, json, sys\n"
         "from gpt.cli import main\n"
+        "from tests.compositions import compose_once\n"
+        "compose_once()\n"
         "for arguments in json.loads(sys.stdin.read()):\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
         "        main(arguments)\n"
@@ -90,8 +92,9 @@ def test_neither_help_nor_config_errors_import_torch(tmp_path):
         "    assert not heavy, (arguments, heavy)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(commands), capture_output=True, text=True, timeout=100, cwd=tmp_path
-    )
+        [sys.executable, "-c", script], input=json.dumps(commands), capture_output=True, text=True, timeout=100, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

@@ -23,7 +23,8 @@ from gpt.config import RunConfig
 from gpt.training.checkpoint import COMPLETE, STATE, find_damage, list_checkpoints, read_state
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
-from tests.end_to_end.test_pretrain import SMALL, assert_same_end, call, limit_file_size, run, wait_for_step
+from tests.end_to_end.test_pretrain import SMALL, assert_same_end, call, fork, limit_file_size, run, wait_for_step
+from tests.processes import Forked
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,11 @@ def config_of(settings) -> Callable[..., RunConfig]:
 
 def steps_of(run_directory: Path) -> list[int]:
     return [line["step"] for line in read_metrics(run_directory / "metrics.jsonl") if "loss" in line]
+
+
+def ended(process: Forked) -> subprocess.CompletedProcess[str]:
+    _, said = process.communicate(timeout=120)
+    return subprocess.CompletedProcess([], process.wait(), stderr=said)
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:
@@ -102,7 +108,7 @@ def test_killed_at_random_a_finetuning_with_dropout_and_an_average_ends_alike(tm
 # SIGTERM
 
 
-def terminated(process: subprocess.Popen[str]) -> tuple[float, str]:
+def terminated(process: subprocess.Popen[str] | Forked) -> tuple[float, str]:
     """Ask a run to end; the seconds that it took, and what it said."""
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -121,7 +127,7 @@ def interrupted_state(run_directory: Path, stderr: str):
     return read_state(newest)
 
 
-def wait_for_writing(run_directory: Path, process: subprocess.Popen) -> None:
+def wait_for_writing(run_directory: Path, process: Forked | subprocess.Popen[str]) -> None:
     """Until a checkpoint is being written."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
@@ -138,8 +144,7 @@ WHEN = {
 }
 
 
-def check_sigterm(arguments: list[str], run_directory: Path, when: str, least_step: int = 6) -> None:
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+def check_sigterm(process: Forked | subprocess.Popen[str], run_directory: Path, when: str, least_step: int = 6) -> None:
     wait_for_step(run_directory, least_step, process)
     if when == "writing":
         wait_for_writing(run_directory, process)
@@ -153,7 +158,8 @@ def check_sigterm(arguments: list[str], run_directory: Path, when: str, least_st
 
 @pytest.mark.parametrize("when", WHEN)
 def test_sigterm_saves_and_ends(command, tmp_path, when):
-    check_sigterm(command("run.id=r", "train.budget=100000steps", "model.n_layer=6", *WHEN[when]), tmp_path / "runs" / "r", when)
+    arguments = command("run.id=r", "train.budget=100000steps", "model.n_layer=6", *WHEN[when])
+    check_sigterm(fork(arguments, tmp_path / "log"), tmp_path / "runs" / "r", when)
 
 
 @pytest.mark.slow
@@ -162,7 +168,8 @@ def test_sigterm_ends_the_default_job_within_ten_seconds(tmp_path, cache_dir, wh
     """`gpt pretrain` as it comes, but for lines of metrics at each step, to know where it is."""
     places = [f"data.cache_dir={cache_dir}", f"run.dir={tmp_path / 'runs'}", "run.id=r", "train.log_every=1"]
     assert run([sys.executable, "-m", "gpt", "prepare", places[0]]).returncode == 0
-    check_sigterm([sys.executable, "-m", "gpt", "pretrain", *places, *WHEN[when]], tmp_path / "runs" / "r", when)
+    arguments = [sys.executable, "-m", "gpt", "pretrain", *places, *WHEN[when]]
+    check_sigterm(subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True), tmp_path / "runs" / "r", when)
 
 
 # Full disks
@@ -192,10 +199,10 @@ def killed(whole, tmp_path) -> Path:
     return run_directory
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing_but_checkpoints(command, whole, killed):
+def test_a_disk_that_is_full_for_a_while_costs_nothing_but_checkpoints(command, whole, killed, tmp_path):
     """Training goes on to its last step; with room again, it ends as if nothing had been."""
     kept = list_checkpoints(killed / "checkpoints")
-    done = run(command(*TWELVE), preexec_fn=limit_file_size)
+    done = ended(fork(command(*TWELVE), tmp_path / "log", limit_file_size))
     error = error_of(done)
     assert "the checkpoint of step 12 could not be written" in error
     assert f"the last checkpoint is {kept[-1][1]}" in error
@@ -213,11 +220,11 @@ def limit_to_metrics() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
 
 
-def test_metrics_that_get_no_room_are_said_and_training_is_not_lost(command, whole, killed):
+def test_metrics_that_get_no_room_are_said_and_training_is_not_lost(command, whole, killed, tmp_path):
     lines = [line for line in read_metrics(killed / "metrics.jsonl") if line["step"] <= 8]
     lines[0]["note"] = "x" * (4_000_000 - 300 - sum(len(json.dumps(line)) for line in lines))
     (killed / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = run(command(*TWELVE), preexec_fn=limit_to_metrics)
+    done = ended(fork(command(*TWELVE), tmp_path / "log", limit_to_metrics))
     assert str(killed) in error_of(done)
     assert done.stderr.count("metrics.jsonl could not be written") == 1, done.stderr
     assert read_state(list_checkpoints(killed / "checkpoints")[-1][1]).step == 12
@@ -385,7 +392,7 @@ def test_durations_are_never_differences_of_the_wall_clock():
 
 def test_a_second_process_is_refused_and_a_killed_one_does_not_block(command, tmp_path, capsys):
     settings = ["run.id=r", "checkpoint.every=2steps"]
-    first = subprocess.Popen(command(*settings, "train.budget=100000steps"), stderr=subprocess.DEVNULL)
+    first = fork(command(*settings, "train.budget=100000steps"), tmp_path / "log")
     wait_for_step(tmp_path / "runs" / "r", 5, first)
     before = steps_of(tmp_path / "runs" / "r")
     assert f"another process is working in {tmp_path / 'runs' / 'r'}" in error_of(call(command(*settings)))

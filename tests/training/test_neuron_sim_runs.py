@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -15,6 +16,9 @@ from safetensors.torch import load_file
 
 from gpt.compose import compose_run
 from gpt.config import RunConfig
+from gpt.data.batches import Batch
+from gpt.training.step import Step
+from tests import processes
 from tests.training.conftest import settings
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 from tests.training.test_processes import FREEZING, ROOT, TEXT, assert_same_losses, curve, launch
@@ -26,14 +30,14 @@ SIM = ["device=neuron_sim", "compile=true"]
 
 
 @pytest.fixture
-def pretrain(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`gpt pretrain` on the simulated device, as a user starts it, or a line of Python before it."""
+def pretrain(tmp_path: Path, corpus: Path, cache_dir: Path) -> Callable[..., tuple[int, str]]:
+    """`gpt pretrain` on the simulated device, after what is to be done first in its process: the exit code, and what it said."""
 
-    def run(*overrides: str, command: str = "pretrain", before: str = "") -> subprocess.CompletedProcess[str]:
+    def run(*overrides: str, command: str = "pretrain", first: Callable[[], None] | None = None) -> tuple[int, str]:
         arguments = [command, "data=text", f"data.paths=[{corpus}]", *settings(tmp_path, cache_dir), *SIM, *overrides]
-        program = f"import sys\nfrom gpt.cli import main\n{before}\nsys.exit(main({arguments!r}))"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, env=environment, check=False)
+        process = processes.Forked(processes.gpt, arguments, first, log=tmp_path / f"{len(list(tmp_path.iterdir()))}.log")
+        _, said = process.communicate(200)
+        return process.wait(), said
 
     return run
 
@@ -52,32 +56,34 @@ def examples_run(tmp_path: Path, cache_dir: Path) -> Callable[..., RunConfig]:
 
 def test_every_kind_of_run_has_the_cpus_losses_and_exactly_its_graphs(text_run, examples_run, tmp_path):
     """Muon, an average, accumulation and clipping; AdamW and packed documents; activation checkpointing; examples, with frozen parts."""
+    ten = ["train.budget=10steps", "train.eval_every=5"]
     kinds = {
-        "muon": (text_run, [*TEXT, "train.micro_batch=4"], 3),
-        "adamw": (text_run, ["train.batch_tokens=1024", "optimizer=adamw", "data.document_mask=true", "train.eval_every=10"], 3),
-        "checkpointing": (text_run, [*TEXT, "train.micro_batch=8", "train.activation_checkpointing=every_n"], 5),
+        "muon": (text_run, [*TEXT, *ten, "train.micro_batch=4"], 3),
+        "adamw": (text_run, ["train.batch_tokens=1024", "optimizer=adamw", "data.document_mask=true", *ten], 3),
+        "checkpointing": (text_run, [*TEXT, *ten, "train.micro_batch=8", "train.activation_checkpointing=every_n"], 5),
         "examples-frozen": (examples_run, ["train.micro_batch=4"], 5),
     }
     launch({f"{name}-cpu": make(*given) for name, (make, given, _) in kinds.items()}, tmp_path / "cpu", 1)
     launch({f"{name}-sim": make(*given, *SIM) for name, (make, given, _) in kinds.items()}, tmp_path / "sim", 1)
     for name, (_, _, graphs) in kinds.items():
         run = tmp_path / "runs" / f"{name}-sim"
-        assert_same_losses(run, tmp_path / "runs" / f"{name}-cpu", 20)
+        assert_same_losses(run, tmp_path / "runs" / f"{name}-cpu", 20 if name == "examples-frozen" else 10)
         assert curve(run, "graphs")[-1] == graphs, name
         assert f"Graphs: {graphs} compiled, as expected" in (run / "rehearsal.txt").read_text(), name
 
 
 def test_two_processes_have_the_losses_of_one(text_run, examples_run, tmp_path):
     layouts = {"ddp": ["parallel=ddp"], "fsdp": ["parallel=fsdp"], "tensor": ["parallel=ddp", "parallel.tensor=2"]}
-    launch({"text-one": text_run(*TEXT, "train.micro_batch=4"), "frozen-one": examples_run("train.micro_batch=4")}, tmp_path / "one", 1)
-    configs = {f"text-{name}": text_run(*TEXT, "train.micro_batch=4", *layout, *SIM) for name, layout in layouts.items()}
+    text = [*TEXT, "train.budget=10steps", "train.eval_every=5", "train.micro_batch=4"]
+    launch({"text-one": text_run(*text), "frozen-one": examples_run("train.micro_batch=4")}, tmp_path / "one", 1)
+    configs = {f"text-{name}": text_run(*text, *layout, *SIM) for name, layout in layouts.items()}
     for name in ("ddp", "fsdp"):  # each with a cache of its own for what frozen blocks make
         own = f"data.cache_dir={tmp_path / f'cache-{name}'}"
         configs[f"frozen-{name}"] = examples_run("train.micro_batch=4", *layouts[name], *SIM, own)
     launch(configs, tmp_path / "two", 2)
     for name in configs:
         run = tmp_path / "runs" / name
-        assert_same_losses(run, tmp_path / "runs" / f"{name.partition('-')[0]}-one", 20)
+        assert_same_losses(run, tmp_path / "runs" / f"{name.partition('-')[0]}-one", 10 if name.startswith("text") else 20)
         assert curve(run, "graphs")[-1] == (3 if name.startswith("text") else 5), name
         assert "on 2 ranks" in (run / "rehearsal.txt").read_text()
 
@@ -98,53 +104,54 @@ def test_it_resumes_to_the_bit_and_its_checkpoints_go_on_elsewhere(text_run, tmp
         assert curve(tmp_path / "runs" / name, "loss") == pytest.approx(curve(tmp_path / "runs" / "whole", "loss"), abs=1e-5)
 
 
-def test_a_graph_that_is_compiled_anew_ends_the_run_with_the_shape(pretrain, tmp_path):
-    shorter = """
-from gpt.training.step import Step
-step = Step.__call__
-def shortened(self, batch, *arguments, **options):
-    if int(self.counts.values["losses"]) == 4:
-        batch.tokens, batch.targets = batch.tokens[:-1], batch.targets[:-1]
-    return step(self, batch, *arguments, **options)
-Step.__call__ = shortened
-from gpt.data.batches import Batch
-Batch.__setattr__ = object.__setattr__
-"""
-    done = pretrain("run.id=r", "train.eval_every=0", before=shorter)
-    assert done.returncode == 2, done.stderr
-    assert re.search(r"^gpt: training would compile a graph anew .* size mismatch at index 0\. expected 8, actual 7", done.stderr, re.M)
-    assert "Traceback" not in done.stderr
+def shorten_a_batch() -> None:
+    """The fifth batch has a sequence less than the others."""
+    step = Step.__call__
+
+    def shortened(self: Step, batch: Batch, *arguments, **options) -> bool:
+        if int(self.counts.values["losses"]) == 4:
+            batch = dataclasses.replace(batch, tokens=batch.tokens[:-1], targets=batch.targets[:-1])
+        return step(self, batch, *arguments, **options)
+
+    Step.__call__ = shortened
+
+
+def test_a_graph_that_is_compiled_anew_ends_the_run_with_the_shape(pretrain):
+    code, said = pretrain("run.id=r", "train.eval_every=0", first=shorten_a_batch)
+    assert code == 2, said
+    assert re.search(r"^gpt: training would compile a graph anew .* size mismatch at index 0\. expected 8, actual 7", said, re.M)
+    assert "Traceback" not in said
 
 
 def test_what_the_chip_lacks_ends_the_run_or_is_named(pretrain, tmp_path):
     lacks = "device.unsupported=[aten::linalg_vector_norm]"
-    done = pretrain("run.id=strict", lacks)
-    assert done.returncode == 2, done.stderr
-    assert re.search(r"^gpt: the device has no kernel for aten::linalg_vector_norm.*device\.strict=false", done.stderr, re.M), done.stderr
-    done = pretrain("run.id=lax", lacks, "device.strict=false", "train.budget=4steps")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"warning: these operations have no kernel.*linalg_vector_norm", done.stderr)
+    code, said = pretrain("run.id=strict", lacks)
+    assert code == 2, said
+    assert re.search(r"^gpt: the device has no kernel for aten::linalg_vector_norm.*device\.strict=false", said, re.M), said
+    code, said = pretrain("run.id=lax", lacks, "device.strict=false", "train.budget=4steps")
+    assert code == 0, said
+    assert re.search(r"warning: these operations have no kernel.*linalg_vector_norm", said)
     report = (tmp_path / "runs" / "lax" / "rehearsal.txt").read_text()
     assert "on the CPU, for want of a kernel: aten::linalg_vector_norm" in report
-    done = pretrain("run.id=compiled", "device.unsupported=[aten::mm]")
-    assert done.returncode == 2, done.stderr
-    assert "aten::mm is not supported" in done.stderr
+    code, said = pretrain("run.id=compiled", "device.unsupported=[aten::mm]")
+    assert code == 2, said
+    assert "aten::mm is not supported" in said
 
 
 def test_precompiling_runs_both_passes_and_leaves_nothing(pretrain, tmp_path):
-    done = pretrain(command="precompile")
-    assert done.returncode == 0, done.stderr
-    assert "compiled: a rehearsal keeps nothing" in done.stderr
-    assert "Graphs: 3 compiled, as expected" in done.stderr
+    code, said = pretrain(command="precompile")
+    assert code == 0, said
+    assert "compiled: a rehearsal keeps nothing" in said
+    assert "Graphs: 3 compiled, as expected" in said
     assert not (tmp_path / "runs").exists()
 
 
 def test_the_report_says_what_a_real_chip_would_hold_and_take(pretrain, tmp_path):
-    done = pretrain("run.id=r", "train.budget=4steps", "device.chip=trn3", "device.mfu=0.5", "precision=bf16")
-    assert done.returncode == 0, done.stderr
+    code, said = pretrain("run.id=r", "train.budget=4steps", "device.chip=trn3", "device.mfu=0.5", "precision=bf16")
+    assert code == 0, said
     text = (tmp_path / "runs" / "r" / "rehearsal.txt").read_text()
     assert text.startswith("Rehearsal of trn3 on 1 rank\n")
-    assert text.strip() in done.stderr
+    assert text.strip() in said
     assert re.search(r"1\. Block\.forward, forward: \d+ operations on \(8, 64, 64\)", text)
     assert re.search(r"memory of the device +36 GiB", text)
     assert "50% of the chip's 167.8 TFLOP/s" in text

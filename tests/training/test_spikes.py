@@ -1,40 +1,31 @@
-"""Loss spikes: what counts as one, and what `train.spike` does about it.
-
-Run as a program, this file is one of several processes that train: `test_spikes.py <config file> ...`.
-"""
+"""Loss spikes: what counts as one, and what `train.spike` does about it."""
 
 import contextlib
 import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from gpt.compose import load_config
 from gpt.config import RunConfig
 from gpt.runtime.cpu import Cpu
+from gpt.training import results
 from gpt.training.checkpoint import TrainingState, list_checkpoints, read_state
 from gpt.training.metrics import read_metrics
 from gpt.training.step import SPIKE_AFTER, SPIKE_DECAY, SPIKE_DEVIATIONS, SPIKE_SHARE, Counts
 from gpt.training.trainer import Trainer
+from tests.processes import run_together
 from tests.training.test_trainer import assert_same_run, final_weights, losses
 
-ROOT = Path(__file__).parents[2]
 AT, STEPS = 40, 56
 SETTINGS = [f"train.budget={STEPS}steps", "checkpoint.every=8steps", "train.batch_tokens=256", "model.dropout=0.1", "train.ema=0.9"]
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Runs end with model/, without a report, which takes longer than the run."""
-    monkeypatch.setattr("gpt.training.results.write_report", lambda directory, *_: directory / "report.html")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
@@ -213,28 +204,23 @@ def test_without_a_checkpoint_a_spike_is_left_out(config_of, capsys):
     assert (trainer.state.spikes, trainer.state.skipped_steps, trainer.state.rewinds) == (1, 1, 0)
 
 
+def train_with_a_spike_in_the_second(configs: list[RunConfig]) -> None:
+    results.write_report = lambda directory, *_: directory / "report.html"
+    for config in configs:
+        train(config, {AT: 50.0} if os.environ["RANK"] == "1" else {})
+
+
 def test_a_spike_in_one_process_is_one_for_all(config_of, tmp_path):
     alone = train(config_of("run.id=alone", "model.dropout=0", "train.spike=skip"), {AT: 50.0})
-    files = []
-    for spike in ("skip", "rewind"):
-        config = config_of(f"run.id={spike}", "model.dropout=0", f"train.spike={spike}", "parallel=ddp", "checkpoint.every=20steps")
-        files.append(tmp_path / f"{spike}.yaml")
-        files[-1].write_text(yaml.safe_dump(config.to_dict()))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, *map(str, files)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    layout = ["model.dropout=0", "parallel=ddp", "checkpoint.every=20steps"]
+    configs = [config_of(f"run.id={spike}", f"train.spike={spike}", *layout) for spike in ("skip", "rewind")]
+    log = tmp_path / "log"
+    run_together(train_with_a_spike_in_the_second, configs, processes=2, log=log)
     skip, rewind = (tmp_path / "runs" / name for name in ("skip", "rewind"))
     assert [line["skipped_steps"] for line in read_metrics(skip / "metrics.jsonl") if "loss" in line] == [0] * AT + [1] * (STEPS - AT)
     ours, theirs = losses(skip), losses(alone.directory.path)
     del ours[AT + 1], theirs[AT + 1]  # only half of that batch was spoiled here
     assert ours == pytest.approx(theirs, abs=1e-5)
-    assert done.stderr.count(f"loss spike at step {AT + 1}: going back to step {AT}") == 1, "one process says it"
+    assert log.read_text().count(f"loss spike at step {AT + 1}: going back to step {AT}") == 1, "one process says it"
     state = read_state(list_checkpoints(rewind / "checkpoints")[-1][1])
     assert (state.step, state.batch, state.rewinds) == (STEPS, STEPS + 1, 1)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for file in sys.argv[1:]:
-        train(load_config(Path(file)), {AT: 50.0} if os.environ["RANK"] == "1" else {})
