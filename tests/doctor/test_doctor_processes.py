@@ -41,6 +41,7 @@ def test_no_compiler(tmp_path, own_cache, monkeypatch):
     assert processes._compiler_fix().startswith("there is no CXX=nowhere-c++: unset CXX")
 
 
+@pytest.mark.slow  # the reason is another one than above, the way the same
 def test_a_broken_compiler(tmp_path, own_cache, monkeypatch):
     broken = executable(tmp_path, "c++", "echo 'x.cpp:1:10: fatal error: omp.h: No such file or directory' >&2; exit 1")
     monkeypatch.setenv("CXX", str(broken))

@@ -48,9 +48,6 @@ PEOPLE = [
 LEARN = ["train.budget=40steps", "train.eval_every=20", "train.batch_tokens=1024", "optimizer.lr=0.01", "data.holdout=0.2"]
 
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
-
 @pytest.fixture
 def config_of(tmp_path, init):
     """Composes a fine-tuning run; takes rows and overrides."""

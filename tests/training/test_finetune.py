@@ -26,8 +26,6 @@ from tests.training.finetuning import (
 )
 from tests.training.test_trainer import assert_same_run, losses
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 @pytest.fixture
 def config_of(tmp_path, init):

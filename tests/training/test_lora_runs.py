@@ -21,13 +21,15 @@ from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
 from tests.training.finetuning import SUMS, finetune_config, stop_in_the_middle, write_rows
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 LORA = ["lora.rank=4", "optimizer.lr=2e-2", "train.log_every=1"]
 TOKENS = torch.arange(32).reshape(2, 16) + 40
 CLOSE: Any = {"rtol": 1e-4, "atol": 3e-5}
 
 
 @pytest.fixture
-def run(tmp_path, init, monkeypatch):
+def run(tmp_path, init):
     """Makes small fine-tuning runs; takes overrides, returns the run directory."""
     rows = write_rows(tmp_path / "rows.jsonl", SUMS)
 

@@ -15,6 +15,8 @@ from gpt.training.metrics import read_metrics
 from gpt.training.step import Step
 from gpt.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 def losses(run: Path) -> dict[int, float]:
     return {m["step"]: m["loss"] for m in read_metrics(run / "metrics.jsonl") if "loss" in m}
@@ -159,7 +161,8 @@ def test_a_time_budget_ends_near_its_time(tiny_config):
     assert 2 <= result.state.seconds < 6
 
 
-def test_a_run_directory_holds_what_the_contract_says(tiny_config):
+def test_a_run_directory_holds_what_the_contract_says(tiny_config, monkeypatch):
+    monkeypatch.undo()  # with its report
     result = Trainer(tiny_config("train.eval_every=10")).fit()
     run = result.run_directory
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "report.html", "model/config.json", "model/model.safetensors"):
