@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal
 DOCKER ?= docker
 
 .DEFAULT_GOAL := help
@@ -24,11 +26,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 train: setup ## train the default model: text of the standard library, about 3 minutes (ARGS="key=value ..." to change it)
 	$(BIN)/gpt pretrain $(ARGS)
 
-test: setup ## the test suite, fast part
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+test: setup ## the test suite, fast part (WORKERS=2: so many processes; default: one a core)
+	$(TESTS) -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: setup ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(TESTS) -n $(WORKERS) $(ARGS)
 
 lint: setup ## ruff, pyright and hadolint
 	$(BIN)/ruff check .
