@@ -101,8 +101,13 @@ def test_stages_begin_at_their_steps_with_a_warm_up_of_their_own(config_of, init
     assert 0 < moved[16] < moved[20] / 4  # Adam's first step is its learning rate: a quarter of the peak
 
 
-@pytest.mark.parametrize("stop", [3, 7, 9, 15, 17])
-@pytest.mark.parametrize("ema", ["0.0", "0.9"])
+QUICK = [(3, "0.0"), (7, "0.9"), (9, "0.0"), (15, "0.9"), (17, "0.0")]
+
+
+@pytest.mark.parametrize(
+    ("stop", "ema"),
+    [*QUICK, *(pytest.param(stop, "0.9" if ema == "0.0" else "0.0", marks=pytest.mark.slow) for stop, ema in QUICK)],
+)
 def test_a_run_that_is_stopped_in_the_middle_of_its_schedule_goes_on_exactly(config_of, stop, ema):
     settings = [*GRADUAL, "optimizer=muon", f"train.ema={ema}", "train.micro_batch=2", "train.batch_tokens=256"]
     whole = Trainer(config_of(*settings, "run.id=whole")).fit()

@@ -124,10 +124,11 @@ def compare_gradients(model: GPT, stock: Any) -> None:
     assert compared == set(ours)
 
 
-def test_exports_compute_the_same_logits_loss_and_gradients():
+@pytest.mark.parametrize("examples", [60, pytest.param(260, marks=pytest.mark.slow)])
+def test_exports_compute_the_same_logits_loss_and_gradients(examples):
     tried, refused, families = [], [], set()
 
-    @settings(PROPERTY, max_examples=260)
+    @settings(PROPERTY, max_examples=examples)
     @given(gpt_configs(), st.integers(0, 2**31), st.sampled_from(["eager", "sdpa"]))
     def check(values: dict[str, Any], seed: int, attention: str) -> None:
         tried.append(values)
@@ -249,10 +250,11 @@ def stock_configs(draw) -> tuple[Any, bool]:
     return LLAMA_LIKE[family](**common), held
 
 
-def test_stock_checkpoints_come_back_bit_for_bit_or_are_refused():
+@pytest.mark.parametrize("examples", [110, pytest.param(220, marks=pytest.mark.slow)])
+def test_stock_checkpoints_come_back_bit_for_bit_or_are_refused(examples):
     tried, held_by_family = [], {}
 
-    @settings(PROPERTY, max_examples=220)
+    @settings(PROPERTY, max_examples=examples)
     @given(stock_configs(), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     def check(drawn: tuple[Any, bool], seed: int, dtype: torch.dtype) -> None:
         config, held = drawn
