@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ if device := os.environ.get("GPT_TEST_DEVICE"):  # runs that name no device take
 
     gpt.compose.compose_run = compose_run_there
 compose_once()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is to run in the background; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("gpt", deadline=None)  # tests share their cores with others
 settings.load_profile("gpt")
 
