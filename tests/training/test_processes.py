@@ -149,8 +149,8 @@ def test_a_process_that_dies_takes_the_others_with_it(command, tmp_path):
     assert len(both) == 2
     killed = time.monotonic()
     os.kill(both[1], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=30)
-    assert time.monotonic() - killed < 10
+    _, stderr = process.communicate(timeout=120)
+    assert time.monotonic() - killed < 60, "they do not wait for it until their timeout, 600 s"
     assert process.returncode == 1
     assert stderr.count("gpt: ") == 1, stderr
     assert "process 1 of the run was ended by SIGKILL" in stderr
