@@ -208,7 +208,7 @@ def _tagged(source: str) -> Iterator[tuple[str, str]]:
             yield token.string, kind.lower()
         elif kind == "OP":
             yield token.string, "operator"
-        elif "STRING" in kind and token.string:  # from Python 3.12 on the parts of an f-string are tokens of their own
+        elif "STRING" in kind and token.string.strip():  # from Python 3.12 on the parts of an f-string are tokens of their own, spaces too
             yield token.string, "string"
 
 

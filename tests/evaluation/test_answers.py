@@ -198,6 +198,7 @@ def answered(figures, **settings: Any) -> list[dict[str, str]]:
 
 
 def test_figures_of_a_perfect_model(figures, capsys):
+    pytest.importorskip("sacrebleu")
     rows = answered(figures)
     found = figures(rows, "metrics=[exact_match,token_f1,chrf]", "answer_tokens=12")
     assert found["metrics"].keys() == {"exact_match", "token_f1", "chrf"}
@@ -230,6 +231,7 @@ def test_what_a_sample_is(figures):
 
 
 def test_chats_and_int8(figures):
+    pytest.importorskip("torchao")
     found = figures(CHATS, "metrics=[exact_match]", "quantize=int8", "limit=6")
     assert found["answers"]["examples"][0]["prompt"].endswith("<|assistant|>\n")
     assert found["int8"]["answers"]["count"] == found["answers"]["count"] == 6

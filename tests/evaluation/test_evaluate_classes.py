@@ -80,6 +80,7 @@ def test_other_rows_are_examples_without_saying_so(runs, figures, tmp_path):
 
 
 def test_quantised_weights_are_measured_beside(runs, figures):
+    pytest.importorskip("torchao")
     found = figures(f"model={runs['texts'].run_directory}", "quantize=int8")
     assert found["int8"]["accuracy"] == pytest.approx(found["accuracy"], abs=0.1)
     assert 0 < abs(found["int8"]["loss"] - found["loss"]) < 0.2

@@ -95,6 +95,7 @@ def test_what_is_held_out_of_few_files_is_said(folder, file, capsys):
 
 
 def test_int8_is_set_against_the_weights_as_they_are(folder, file, tmp_path, capsys):
+    pytest.importorskip("torchao")
     output = tmp_path / "figures.json"
     evaluate(config_of(folder, file, quantize="int8", output=str(output)))
     found = json.loads(output.read_text())

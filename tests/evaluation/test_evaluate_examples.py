@@ -109,6 +109,7 @@ def test_the_held_out_part_of_named_examples(tmp_path, init, figures):
 
 
 def test_int8_is_set_against_the_weights_as_they_are(tmp_path, init, figures, capsys):
+    pytest.importorskip("torchao")
     rows = write_rows(tmp_path / "rows.jsonl", SUMS)
     found = figures(f"model={init}", "data=jsonl", f"data.paths=[{rows}]", "examples=true", "quantize=int8")
     total, count = nats(GPT.from_pretrained(init), SUMS)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 
 from gpt.config import DeviceConfig, LaunchConfig
 from gpt.errors import UserError
@@ -26,6 +27,7 @@ from tests.doctor.doctor_standins import package
 ROOT = Path(__file__).parents[2]
 CORE = Neuron("a core", torch.bfloat16, CHIPS["trn2"].peak_flops, CHIPS["trn2"])
 MINOR = ".".join(torch.__version__.split(".")[:2])
+pytestmark = pytest.mark.skipif(Version(MINOR) < Version("2.13"), reason="TorchNeuron needs torch 2.13")
 
 
 @pytest.fixture(autouse=True)
