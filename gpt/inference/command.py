@@ -52,8 +52,9 @@ def generate(config: GenerateConfig) -> int:
     compiled, why = should_compile_decoding(config.compile, device, max_tokens)
     if config.compile is True and not compiled:
         _say(f"compile=true: {why}")
-    if not compiled:
-        pack_for_inference(loaded.model, len(prompts) * config.n)
+    maker = "a compiled step" if compiled else pack_for_inference(loaded.model, len(prompts) * config.n)
+    if config.verbose:
+        _say(f"tokens are made by {maker}")
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty, config.seed)
     end_ids = loaded.end_ids | frozenset(config.stop_ids)
     if config.interactive:

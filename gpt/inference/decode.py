@@ -6,8 +6,9 @@ while the next one is being computed.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt.errors import UserError
-from gpt.inference.packing import is_packed_by_rows, without_onednn
+from gpt.inference.native_step import NativeStep, native_obstacle
 from gpt.inference.sampling import DEFAULT, Sampling, next_token, penalise, uniform_numbers
 from gpt.model.attention import KVCache
 from gpt.model.transformer import GPT
@@ -133,9 +134,11 @@ def _steps(
     config, device = model.config, model.embeddings.tokens.weight.device
     limit = config.context_length
     uniform = uniform_numbers(sampling, n, max_tokens, device).repeat(len(prompts), 1)  # (B, max_tokens)
-    step = compile_decoding(_next_logits) if compiled else _next_logits
-    if not compiled and len(prompts) * n == 1 and is_packed_by_rows(model):
-        step = _next_logits_of_one_row
+    step: Callable[[Tensor, KVCache], Tensor]
+    if not compiled and native_obstacle(model, len(prompts) * n) is None:
+        step = NativeStep(model)
+    else:
+        step = functools.partial(compile_decoding(_next_logits) if compiled else _next_logits, model)
     seen = _mask(prompts, config.vocab_size, device).repeat_interleave(n, 0) if sampling.repetition_penalty != 1 else None
     texts = prompts
     made: list[Tensor] = []
@@ -165,7 +168,7 @@ def _steps(
             if seen is not None:
                 seen.scatter_(1, tokens, True)
             if longest + 1 <= limit:
-                logits = step(model, tokens, cache)
+                logits = step(tokens, cache)
                 longest += 1
         texts = [[*text, *ids] for text, ids in zip(texts, torch.cat(made[before:], dim=1).tolist(), strict=True)]
 
@@ -186,12 +189,6 @@ def _read(model: GPT, texts: Sequence[Sequence[int]], size: int) -> tuple[KVCach
 def _next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     """Read tokens (B, T): fp32 logits (B, V) of what follows them."""
     return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
-
-
-def _next_logits_of_one_row(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """`_next_logits` of one token (1, 1), for weights that are packed by rows."""
-    with without_onednn():
-        return _next_logits(model, tokens, cache)
 
 
 def _mask(ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
+from gpt.inference.native_step import native_obstacle
 from gpt.model.attention import Attention
 from gpt.model.feedforward import FeedForward
 from gpt.model.lora import merge
@@ -17,17 +15,20 @@ _linear = torch.ops.mkldnn._linear_pointwise.default
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN wants it: one token costs reading the weight once, at the memory's speed.
+    """A linear layer that oneDNN computes: in fp32 much faster than `nn.Linear`.
 
     Args:
-        linear: what it replaces; its weight (out, in) is copied.
+        linear: what it replaces.
         activation: what follows it, GELU or SiLU, computed in the same pass.
+        by_rows: leave the weight (out, in) as it lies, which is as fast for fp32 and many tokens. Otherwise it is copied into oneDNN's
+            layout, in which one token costs reading the weight once, at the memory's speed.
     """
 
-    def __init__(self, linear: nn.Linear, activation: nn.Module | None = None) -> None:
+    def __init__(self, linear: nn.Linear, activation: nn.Module | None = None, by_rows: bool = False) -> None:
         super().__init__()
+        self.weight = linear.weight.detach() if by_rows else None
         # What torch.compile itself uses for frozen weights; there is no public name for it.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 1)
+        self.packed = self.weight if by_rows else torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 1)
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.post: tuple[str, list[float], str] = ("none", [], "")
         if isinstance(activation, nn.GELU):
@@ -60,58 +61,50 @@ def join_projections(model: GPT) -> None:
 
 
 @torch.no_grad()
-def pack_for_inference(model: GPT, rows: int = 1) -> None:
+def pack_for_inference(model: GPT, rows: int = 1) -> str:
     """Lay out the weights of a model on a CPU for decoding, in place. It can then compute, but not be trained or saved.
 
-    For one row in bf16 the weights of each output lie in a row of their own, for torch's product of a matrix and a vector (see
-    `without_onednn`). For more rows, and in fp32, they lie in oneDNN's own layout. Either layout computes any number of rows.
-    Nothing is done on another device, for another dtype, or where oneDNN cannot multiply the weights' dtype. The weights are
-    moved, not copied; only a head that is the token embedding too is copied into oneDNN's layout.
+    Where a `NativeStep` will make the tokens, the weights of each output lie in a row of their own, and torch reads the prompt from
+    them; elsewhere they lie in oneDNN's layout, if it multiplies their dtype. Either layout computes any number of rows. The weights
+    are moved, not copied; only a head that is the token embedding too is copied into oneDNN's layout.
 
     Args:
-        model: its linear layers are replaced.
+        model: its linear layers are replaced. Nothing is done on another device.
         rows: how many texts will be written at once.
+
+    Returns:
+        By what the tokens will be made, and why, in words.
     """
     weight = model.embeddings.tokens.weight
-    if not (weight.is_cpu and torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16)):
-        return
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
+    if not weight.is_cpu:
+        return "torch"
     join_projections(model)
-    by_rows = rows == 1 and weight.dtype == torch.bfloat16
     for module in list(model.modules()):
-        if isinstance(module, FeedForward) and not by_rows:
+        if type(module) is nn.Linear:
+            module.weight.data = module.weight.contiguous()  # GPT-2's, from a file, lie transposed
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Dropout):  # which does nothing here, but not in no time
+                setattr(module, name, nn.Identity())
+    obstacle = native_obstacle(model, rows)
+    if _packs(weight.dtype):
+        _pack(model, by_rows=obstacle is None)
+    return "a native step" if obstacle is None else f"torch: {obstacle}"
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies numbers of that kind here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _pack(model: GPT, by_rows: bool) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, FeedForward):
             name = "up" if module.gate is None else "gate"
             if type(linear := getattr(module, name)) is nn.Linear:
-                setattr(module, name, PackedLinear(linear, module.activation))
+                setattr(module, name, PackedLinear(linear, module.activation, by_rows))
                 module.activation = nn.Identity()
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and by_rows:
-                child.weight.data = child.weight.contiguous()  # GPT-2's, from a file, lie transposed
-            elif type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))
-            elif isinstance(child, nn.Dropout):  # which does nothing here, but not in no time
-                setattr(module, name, nn.Identity())
-
-
-def is_packed_by_rows(model: GPT) -> bool:
-    """Whether every matrix is as `pack_for_inference` lays it out for one row in bf16."""
-    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, PackedLinear))]
-    return bool(linears) and all(
-        type(linear) is nn.Linear and linear.weight.is_cpu and linear.weight.dtype == torch.bfloat16 and linear.weight.is_contiguous()
-        for linear in linears
-    )
-
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """Multiply by torch's own kernels within the block.
-
-    For one row in bf16 they read the weights faster than oneDNN's, whose every call takes as long as a small product.
-    """
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
+            if type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child, by_rows=by_rows))

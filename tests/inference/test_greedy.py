@@ -10,6 +10,7 @@ import transformers
 from inference_models import FAMILIES, GREEDY, alone, random_model, rows_of
 
 from gpt.inference.decode import generate_tokens
+from gpt.inference.native_library import load_library
 from gpt.inference.packing import pack_for_inference
 
 TOKENS = 1000
@@ -37,7 +38,8 @@ def test_a_thousand_tokens_are_those_of_transformers(family, tmp_path):
 
     assert rows_of(list(generate_tokens(model, PROMPTS, TOKENS, GREEDY))) == expected, "batched, padded on the left"
     assert [alone(model, prompt, TOKENS) for prompt in PROMPTS] == expected, "one at a time"
-    packed = copy.deepcopy(model)
-    pack_for_inference(packed)
-    assert type(packed.head) is not type(model.head)
-    assert alone(packed, PROMPTS[0], TOKENS) == expected[0], "packed"
+    for rows, name in ((1, "a native step"), (2, "packed")):
+        packed = copy.deepcopy(model)
+        maker = pack_for_inference(packed, rows)
+        assert (maker == "a native step") == (rows == 1 and load_library()[0] is not None)
+        assert alone(packed, PROMPTS[0], TOKENS) == expected[0], name

@@ -9,9 +9,7 @@ import torch
 from inference_models import SHAPES, VOCAB, random_model
 from torch import nn
 
-from gpt.inference.decode import generate_tokens
-from gpt.inference.packing import PackedLinear, is_packed_by_rows, pack_for_inference, without_onednn
-from gpt.inference.sampling import Sampling
+from gpt.inference.packing import PackedLinear, pack_for_inference
 from gpt.model.attention import KVCache
 from gpt.model.config import LoRAConfig
 from gpt.model.lora import adapter_parameters, attach_as
@@ -24,12 +22,13 @@ def packed(model: GPT, rows: int = 2) -> GPT:
     return model
 
 
+@pytest.mark.parametrize("rows_written", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_the_logits_are_those_of_the_model(shape, dtype):
+def test_the_logits_are_those_of_the_model(shape, dtype, rows_written):
     model = random_model(shape, tie_embeddings=shape in ("gpt2", "llama"), scale=0.1, d_model=64, d_ff=67).to(dtype)
-    other = packed(model)
+    other = packed(model, rows_written)
     kinds = [type(module) for module in other.modules()]
     assert nn.Linear not in kinds
     joined = 2 * model.config.n_layer  # q, k and v are one
@@ -77,49 +76,3 @@ def test_the_embedding_that_the_head_shares_stays():
     model = packed(random_model("gpt2", tie_embeddings=True))
     assert isinstance(model.head, PackedLinear)
     assert model.embeddings.tokens.weight.shape == (VOCAB, 32)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@torch.no_grad()
-def test_one_row_in_bf16_without_onednn(shape):
-    model = random_model(shape, scale=0.1, d_model=64, d_ff=67).to(torch.bfloat16)
-    other = packed(model, rows=1)
-    assert is_packed_by_rows(other)
-    tokens = torch.randint(VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
-    exact = copy.deepcopy(model).float()(tokens)[:, -1]
-    cache = KVCache(model.config, 1, 9)
-    with without_onednn():
-        assert not torch.backends.mkldnn.enabled
-        logits = [other(part, cache) for part in (tokens[:, :-1], tokens[:, -1:])][1][:, -1].float()
-    assert torch.backends.mkldnn.enabled
-    assert (logits - exact).abs().max() <= 2**-5 * exact.abs().max()
-    with pytest.raises(KeyError), without_onednn():
-        raise KeyError
-    assert torch.backends.mkldnn.enabled
-
-
-@pytest.mark.parametrize(("packed_for", "prompts", "without"), [(1, 1, True), (1, 2, False), (2, 1, False)])
-def test_only_one_row_that_is_packed_for_it_goes_without_onednn(packed_for, prompts, without):
-    model = packed(random_model("llama").to(torch.bfloat16), rows=packed_for)
-    enabled = []
-    model.blocks[0].register_forward_hook(lambda *_: enabled.append(torch.backends.mkldnn.enabled))
-    list(generate_tokens(model, [[1, 2]] * prompts, 3, Sampling(temperature=0)))
-    assert enabled == [True, not without, not without], "the prompt is read with oneDNN"
-
-
-def test_one_matrix_in_another_layout_is_not_packed_by_rows():
-    model = packed(random_model("gpt2").to(torch.bfloat16), rows=1)
-    assert is_packed_by_rows(model)
-    down = model.blocks[-1].get_submodule("feedforward.down")
-    down.weight.data = down.weight.data.T.contiguous().T
-    assert not is_packed_by_rows(model)
-
-
-@torch.no_grad()
-def test_weights_that_lie_transposed_in_their_file_are_turned(tmp_path):
-    random_model("gpt2").to(torch.bfloat16).save_pretrained(tmp_path)
-    model = GPT.from_pretrained(tmp_path)
-    assert not is_packed_by_rows(model), "torch's own product of a transposed matrix is slow"
-    pack_for_inference(model)
-    assert all(p.is_contiguous() for p in model.parameters())
-    assert is_packed_by_rows(model)
