@@ -104,8 +104,6 @@ def _work(config: RunConfig) -> int:
     from gpt.runtime.distributed import is_first_failure, lost_the_others
 
     _heed_the_launcher()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.resume == "never":
-        config.resume = "auto"  # what is there now is this run's own
     try:
         return _train(config)
     except (Exception, KeyboardInterrupt) as error:

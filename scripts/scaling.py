@@ -16,7 +16,8 @@ from pathlib import Path
 from gpt.compose import compose_run
 from gpt.model.config import GPTConfig
 from gpt.model.loss import chunk_size
-from gpt.runtime.memory import FLOAT, ROOM, Case, accumulated, cast_weights, parameters, peak, states
+from gpt.runtime.memory import FLOAT, ROOM, Case, accumulated, cast_weights, peak, states
+from gpt.runtime.shapes import parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,21 +41,23 @@ def traffic(case: Case, all_to_all: bool = True) -> dict[str, float]:
     """
     S, R, t, L = max(1, case.shards), case.replicas, case.tensor, case.model.n_layer
     blocks, root = case.gathered(blocks=True), case.gathered(blocks=False)
-    norms = sum(p.local(t) for p in parameters(case.model) if p.is_norm)
+    learning = case.gathered(blocks=True, learning=True) + case.gathered(blocks=False, learning=True)
+    norms = sum(p.local(t) for p in case.chosen(learning=True) if p.is_norm)
     result = {"parameters": 0.0, "gradients": 0.0, "activations": 0.0, "muon": 0.0}
-    result["parameters"] = case.passes * ring(S, 2 * case.width * blocks + FLOAT * root)
+    backward = min(L, case.layers + 1) if case.layers else 0  # the block below is gathered ahead, whether or not it is needed
+    result["parameters"] = case.passes * ring(S, case.width * blocks * (1 + backward / L) + FLOAT * root)
     if case.is_divided:
-        result["gradients"] = case.passes * ring(S, FLOAT * (blocks + root)) + 2 * ring(R, FLOAT * (blocks + root) / S)
+        result["gradients"] = case.passes * ring(S, FLOAT * learning) + 2 * ring(R, FLOAT * learning / S)
         result["gradients"] += 2 * ring(S * R, FLOAT * norms)
     else:
-        result["gradients"] = 2 * ring(R, FLOAT * case.elements())
+        result["gradients"] = 2 * ring(R, FLOAT * case.elements(learning=True))
     if case.model.qk_norm:  # each rank's heads have a part of the gradients of the norms that they share
         result["gradients"] += 2 * ring(t, FLOAT * 2 * L * case.model.head_dim)
     inputs = 5 if case.model.activation == "swiglu" else 4  # products whose input's gradient is summed, each by itself and in fp32
     products = case.micro_batch * case.length * case.model.d_model * (2 * case.width + inputs * FLOAT)
     result["activations"] = case.passes * L * 2 * ring(t, products)
     if case.optimizer == "muon":
-        whole = case.width * sum(math.prod(p.shape) * p.count for p in parameters(case.model) if p.is_matrix)
+        whole = case.width * sum(math.prod(p.shape) for p in case.chosen(matrices=True, learning=True))
         there = ring(S, whole / (t * (1 if not all_to_all else S))) + ring(t, whole / (S * (1 if not all_to_all else t)))
         back = ring(S, whole / (t * R * (1 if not all_to_all else S))) + ring(t, whole / (S * R * (1 if not all_to_all else t)))
         result["muon"] = there + back + ring(R, whole / (S * t))
@@ -107,7 +110,7 @@ def gpt2_xl() -> GPTConfig:
 
 def flops_per_token(c: GPTConfig) -> float:
     """As `GPT.flops_per_token`, without building it."""
-    matrices = sum(math.prod(p.shape) * p.count for p in parameters(c) if p.is_matrix)
+    matrices = sum(math.prod(p.shape) for p in parameters(c) if p.is_matrix)
     return 6 * (matrices + c.vocab_size * c.d_model) + 12 * c.n_layer * c.n_head * c.head_dim * c.context_length
 
 

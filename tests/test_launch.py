@@ -89,18 +89,6 @@ def test_a_process_of_a_launcher_trains_at_once(config, started, tmp_path, monke
     assert [name for name, _ in started] == ["train", "train"]
 
 
-@pytest.mark.parametrize(
-    ("restarts", "resume", "then"), [("0", "never", "never"), ("1", "never", "auto"), ("1", "auto", "auto"), ("1", "runs/x", "runs/x")]
-)
-def test_what_is_started_again_goes_on(restarts, resume, then, config, started, monkeypatch):
-    as_worker(monkeypatch)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-    given = config()
-    given.resume = resume
-    launch(given)
-    assert started[0][1].resume == then
-
-
 # Precompiling
 
 

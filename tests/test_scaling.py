@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from gpt import GPT, GPTConfig
-from gpt.runtime.memory import Case, parameters, peak, states
+from gpt.model.config import LoRAConfig
+from gpt.runtime.memory import Case, peak, states
+from gpt.runtime.shapes import parameters
 from scripts.scaling import gpt2_xl, llama_8b, tables
-from scripts.scaling_check import EXACT, SMALL, expected, measure, not_said, small
+from scripts.scaling_check import EXACT, ONCE, SMALL, UPPER, adapted, expected, frozen, measure, not_said, small
 
 QWEN2 = GPTConfig(
     100, 16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, positions="rotary", norm="rmsnorm", activation="swiglu",
@@ -26,8 +28,7 @@ def test_parameters_are_those_of_the_module(model, millions):
     model = model()
     with torch.device("meta"):
         module = GPT(replace(model))
-    shapes = sorted(tuple(p.shape) for p in module.parameters())
-    assert sorted(shape for p in parameters(model) for shape in [p.shape] * p.count) == shapes
+    assert {p.name: p.shape for p in parameters(model)} == {name: tuple(p.shape) for name, p in module.named_parameters()}
     assert millions is None or round(Case(model).elements() / 1e6, 1) == millions
 
 
@@ -36,7 +37,7 @@ def agrees(case: Case, found: dict[str, float]) -> None:
         if what in EXACT:
             assert found[what] == formula, what
         elif what not in not_said(case):
-            assert found.get(what, 0) == pytest.approx(formula, rel=0.05), what
+            assert found.get(what, 0) == pytest.approx(formula, rel=0.05, abs=ONCE), what
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,28 @@ def test_one_process_keeps_what_the_formulas_say(name, changes):
     case = small(name, model=replace(SMALL[name], n_layer=2), **changes)
     (found,) = measure([case])
     agrees(case, found)
+
+
+def test_parameters_of_adapters_are_those_of_the_module():
+    lora = LoRAConfig(rank=4, targets=["q", "feedforward"], dora=True)
+    with torch.device("meta"):
+        module = GPT(replace(QWEN2), lora)
+    assert {p.name: p.shape for p in parameters(QWEN2, lora)} == {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        frozen("GPT-2", *UPPER), frozen("Llama", *UPPER, width=4, optimizer="adamw"), frozen("GPT-2", *UPPER, checkpointing="full"),
+        frozen("Qwen3", "head."), frozen("Qwen3", *(f"blocks.{n}.attention_norm." for n in range(4))),
+        adapted("GPT-2"), adapted("Qwen3", width=4), adapted("Llama", "q", "v"),
+    ],
+    ids=["blocks", "blocks fp32", "blocks full", "head", "norms", "LoRA", "LoRA fp32", "LoRA of q and v"],
+)  # fmt: skip
+def test_what_is_frozen_takes_what_the_formulas_say(case):
+    (found,) = measure([case])
+    agrees(case, found)
+    assert peak(case) < peak(replace(case, trains=None))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])

@@ -16,7 +16,8 @@ from gpt.inference.generate import generate_text
 from gpt.inference.sampling import Sampling
 from gpt.model.transformer import GPT
 
-_HELP = "Ctrl-C stops an answer, Ctrl-D or /exit ends the chat, /reset forgets what was said."
+_QUOTES = '"""'
+_HELP = f"Ctrl-C stops an answer, Ctrl-D or /exit ends the chat, /reset forgets what was said. {_QUOTES} begins and ends several lines."
 
 
 class Chat:
@@ -58,13 +59,12 @@ class Chat:
         """Talk until the input ends. Returns the exit code."""
         kind = "" if self.tokenizer.chat_template else "The tokenizer has no chat template: what you write is continued. "
         print(f"{kind}{_HELP}", file=sys.stderr)
-        with contextlib.suppress(ImportError):  # Windows has none
-            importlib.import_module("readline")  # importing it is what makes `input` edit lines
+        edit_lines()
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # so that a line which is no text is refused alone
         while True:
             try:
-                text = input("\nyou> " if sys.stdin.isatty() else "")
+                text = read_turn()
             except EOFError:
                 print(file=sys.stderr)
                 return 0
@@ -144,3 +144,28 @@ class Chat:
             return self.tokenizer.encode_chat(self.messages)
         text = "".join(message["content"] for message in self.messages)
         return self.tokenizer.encode_prompt(text)
+
+
+def edit_lines() -> None:
+    """Have `input` edit lines, and take lines that are pasted together as one, where there is GNU readline and a terminal that tells."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        readline = importlib.import_module("readline")  # importing it is what makes `input` edit lines
+        readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
+
+
+def read_turn() -> str:
+    """What is said next: a line, lines that were pasted together, or all between triple quotes, or from them to the end of the input.
+
+    Raises:
+        EOFError: nothing more is said.
+    """
+    asks = sys.stdin.isatty()
+    text = input("\nyou> " if asks else "")
+    if "\n" in text or not text.lstrip().startswith(_QUOTES):
+        return text
+    lines = [text.lstrip().removeprefix(_QUOTES)]
+    with contextlib.suppress(EOFError):
+        while not lines[-1].rstrip().endswith(_QUOTES):
+            lines.append(input("...> " if asks else ""))
+    lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
+    return "\n".join(lines).strip("\n")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import logging
 import os
 import re
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -32,7 +33,6 @@ _COLLECTIVES = {
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all_single", "barrier", "broadcast",
     "broadcast_object_list", "new_group", "init_process_group", "reduce_scatter_tensor",
 }  # fmt: skip
-_joined = itertools.count()  # how often this process has met others
 _FIRST_FAILURE = "gpt/failed"  # key of the store in which processes count their failures
 
 
@@ -48,6 +48,7 @@ class World:
             parallelism) work on the same part.
         mesh: (replicate, shard, tensor) layout of the processes; None for one.
         is_divided: whether each process holds only a part of the parameters.
+        is_restart: whether a launcher, on any machine, has started them again after a failure.
     """
 
     rank: int = 0
@@ -58,6 +59,7 @@ class World:
     data_size: int = 1
     mesh: DeviceMesh | None = None
     is_divided: bool = False
+    is_restart: bool = False
     _control: Any = None  # process group of CPU tensors, for what the host must know
 
     @property
@@ -184,19 +186,19 @@ def join_world(config: ParallelConfig, device: Device, timeout_seconds: float) -
 
     Raises:
         UserError: the number of processes does not fit the config.
+        TimeoutError: another process has not come.
     """
     size = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
     if size == 1:
-        return World()
+        return World(is_restart=_restarts() > 0)
     for name in ("torch.distributed.tensor", "torch.distributed._functional_collectives"):
         logging.getLogger(name).setLevel(logging.ERROR)  # how DTensors are sent could be faster on gloo, each process warns
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         device.claim(local_rank)
-        timeout = datetime.timedelta(seconds=timeout_seconds)
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        # The store may be that of an earlier attempt, or run in these processes, with the addresses of connections that are gone.
-        store = dist.PrefixStore(f"gpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joined)}", store)
+        store = dist.PrefixStore(_name_meeting(store, rank, size, timeout_seconds), store)
         dist.init_process_group(device.process_group, store=store, rank=rank, world_size=size, timeout=timeout)
     if config.name == "none":
         raise UserError(f"parallel=none is one process, and {size} were started; add parallel=ddp or parallel=fsdp")
@@ -205,13 +207,52 @@ def join_world(config: ParallelConfig, device: Device, timeout_seconds: float) -
     if size // config.tensor % config.replicate:
         left = f"{size // config.tensor} groups of parallel.tensor={config.tensor}" if config.tensor > 1 else f"{size} processes"
         raise UserError(f"parallel.replicate={config.replicate} does not divide the {left}")
-    control = dist.new_group(backend="gloo")
+    control = dist.new_group(backend="gloo", timeout=timeout)  # whose own would be half an hour
     replicate = config.replicate if config.name == "fsdp" else size // config.tensor
     shape = (replicate, size // (replicate * config.tensor), config.tensor)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     is_divided = config.name == "fsdp" or config.tensor > 1
-    return World(rank, size, local_rank, local_size, rank // config.tensor, size // config.tensor, mesh, is_divided, control)
+    restarts = torch.tensor(_restarts())
+    dist.all_reduce(restarts, op=dist.ReduceOp.MAX, group=control)
+    data_rank, data_size = rank // config.tensor, size // config.tensor
+    return World(rank, size, local_rank, local_size, data_rank, data_size, mesh, is_divided, bool(restarts), control)
+
+
+def _restarts() -> int:
+    """How often the launcher of this machine has started its processes again; those of other machines may have counted otherwise."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _name_meeting(store: dist.Store, rank: int, size: int, timeout_seconds: float) -> str:
+    """A name that these processes have in common with no earlier meeting, of which the store may hold addresses that nobody answers.
+
+    The first process makes it up. Another one may find that of the meeting before: it says under that name that it is here, and looks again
+    until it is answered. All are answered when all are here.
+
+    Raises:
+        TimeoutError: somebody has not come.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    own = uuid.uuid4().hex
+    try:
+        if rank == 0:
+            store.set("gpt/meeting", own)
+            others = [f"gpt/{own}/{other}" for other in range(1, size)]
+            store.wait(others)
+            for name in store.multi_get(others):
+                store.set(f"gpt/{own}/{name.decode()}", "all are here")
+            return f"gpt/{own}"
+        while time.monotonic() < deadline:
+            found = f"gpt/{store.get('gpt/meeting').decode()}"
+            store.set(f"{found}/{rank}", own)
+            if store.check([f"{found}/{own}"]):
+                return found
+            time.sleep(0.2)
+    except dist.DistStoreError as error:
+        if not waited_too_long(error):
+            raise
+    raise TimeoutError(f"process {rank} waited {timeout_seconds:g}s (launch.timeout) in vain for all {size} processes of the run to come")
 
 
 def is_first_failure() -> bool:

@@ -9,70 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Literal, cast
 
 from gpt.config import RunConfig
 from gpt.model.attention import BLOCKWISE_MAX_LENGTH, QUERY_BLOCK
-from gpt.model.config import GPTConfig
+from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.loss import chunk_size
 from gpt.runtime.device import Device
+from gpt.runtime.shapes import Parameter, parameters
 
 FLOAT = 4  # bytes; parameters, gradients and states
 ROOM = 0.9  # share of a device's memory that is ours; the rest is the runtime's, the collectives' and what lies in pieces
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """Parameters of one shape.
-
-    Attributes:
-        shape: of each.
-        count: how many of them.
-        split: the dimension that tensor parallelism divides, or None.
-        in_block: whether they are a block's; the others are what FSDP's root holds.
-        is_norm: whether they are a norm's within a block, which FSDP leaves whole.
-    """
-
-    shape: tuple[int, ...]
-    count: int
-    split: int | None = None
-    in_block: bool = True
-    is_norm: bool = False
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is multiplied with activations under autocast, and Muon's."""
-        return self.in_block and len(self.shape) == 2
-
-    def local(self, tensor: int = 1, shards: int = 1) -> int:
-        """Elements of all of them on rank 0: FSDP2 divides rows, and fills the last ranks' up to the first's."""
-        shards = 1 if self.is_norm else shards
-        shape = list(self.shape)
-        if self.split is not None:
-            shape[self.split] = -(-shape[self.split] // tensor)
-        shape[0] = -(-shape[0] // shards)
-        return math.prod(shape) * self.count
-
-
-def parameters(c: GPTConfig) -> list[Parameter]:
-    """All parameters of a model."""
-    d, f, a, kv, L = c.d_model, c.d_ff, c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_layer
-    biased_norm = c.norm == "layernorm" and c.bias
-    found = [Parameter((c.vocab_size, d), 1, None, False)]
-    found += [] if c.tie_embeddings else [Parameter((c.outputs, d), 1, None, False)]
-    found += [Parameter((c.outputs,), 1, None, False)] if c.head == "tokens" else []
-    found += [Parameter((c.context_length, d), 1, None, False)] if c.positions == "learned" else []
-    found += [Parameter((d,), 1 + biased_norm, None, False), Parameter((d,), 2 * L * (1 + biased_norm), is_norm=True)]
-    found += [Parameter((c.head_dim,), 2 * L, is_norm=True)] if c.qk_norm else []
-    ups = 2 if c.activation == "swiglu" else 1
-    qkv = c.bias or c.qkv_bias
-    for outputs, inputs, count, split, biased in (
-        (a, d, 1, 0, qkv), (kv, d, 2, 0, qkv), (d, a, 1, 1, c.bias), (f, d, ups, 0, c.bias), (d, f, 1, 1, c.bias)
-    ):  # fmt: skip
-        found.append(Parameter((outputs, inputs), count * L, split))
-        found += [Parameter((outputs,), count * L, 0 if split == 0 else None)] if biased else []
-    return found
 
 
 @dataclass(frozen=True)
@@ -98,6 +47,9 @@ class Case:
             them, and compiled attention is our own; else they are the fused ones of a GPU.
         fused_adamw: whether AdamW is one kernel; else several operations, which keep what is between them.
         chunk: tokens of which the loss holds the logits.
+        lora: its adapters.
+        trains: names of the parameters that train; None: all.
+        beside: bytes of another model that the device holds, a teacher or a reference.
     """
 
     model: GPTConfig
@@ -117,6 +69,9 @@ class Case:
     plain: bool = False
     fused_adamw: bool = True
     chunk: int = 512
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    trains: frozenset[str] | None = None
+    beside: float = 0.0
 
     @property
     def is_divided(self) -> bool:
@@ -133,20 +88,56 @@ class Case:
         """Of a pass, M."""
         return self.micro_batch * self.length
 
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """All of them, those of adapters too."""
+        return parameters(self.model, self.lora)
+
+    @property
+    def depth(self) -> int:
+        """Blocks at the bottom that run without gradients: nothing below, or in them, trains."""
+        if self.learns("embeddings."):
+            return 0
+        return min((n for n in range(self.model.n_layer) if self.learns(f"blocks.{n}.")), default=self.model.n_layer)
+
+    @property
+    def layers(self) -> int:
+        """Blocks that backward goes through."""
+        return self.model.n_layer - self.depth
+
     @property
     def computed_again(self) -> int:
         """Blocks of which backward computes activations a second time."""
-        return {"none": 0, "every_n": -(-self.model.n_layer // self.every)}.get(self.checkpointing, self.model.n_layer)
+        every_n = sum(number % self.every == 0 for number in range(self.depth, self.model.n_layer))
+        return {"none": 0, "every_n": every_n}.get(self.checkpointing, self.layers)
 
-    def elements(self, blocks: bool = True, root: bool = True, matrices: bool | None = None) -> int:
-        """Parameters on rank 0; of them only the blocks' or the others; `matrices`: the blocks' alone, or all but those."""
-        chosen = [p for p in parameters(self.model) if (blocks if p.in_block else root) and matrices in (None, p.is_matrix)]
-        return sum(p.local(self.tensor, max(1, self.shards)) for p in chosen)
+    def learns(self, beginning: str, end: str = "") -> bool:
+        """Whether any parameter trains whose name begins, and ends, so."""
+        return self.trains is None or any(name.startswith(beginning) and name.endswith(end) for name in self.trains)
 
-    def gathered(self, blocks: bool) -> int:
-        """Elements of the blocks, or of the others, as FSDP gathers them."""
+    @property
+    def head_learns(self) -> bool:
+        """Whether the head has a gradient."""
+        return self.learns("embeddings.tokens." if self.model.tie_embeddings else "head.")
+
+    def chosen(self, blocks: bool = True, root: bool = True, matrices: bool | None = None, learning: bool = False) -> list[Parameter]:
+        """Parameters: of all only the blocks' or the others; `matrices`: the blocks' alone, or all but those; only those that train."""
+        return [
+            p
+            for p in self.parameters
+            if (root if p.block is None else blocks)
+            and matrices in (None, p.is_matrix)
+            and (not learning or self.trains is None or p.name in self.trains)
+        ]
+
+    def elements(self, blocks: bool = True, root: bool = True, matrices: bool | None = None, learning: bool = False) -> int:
+        """Elements of the chosen ones on rank 0."""
+        return sum(p.local(self.tensor, max(1, self.shards)) for p in self.chosen(blocks, root, matrices, learning))
+
+    def gathered(self, blocks: bool, learning: bool = False) -> int:
+        """Elements of the blocks, or of the others, as FSDP gathers them; or of those that train."""
         shards = max(1, self.shards)
-        return sum(p.local(self.tensor, shards) * shards for p in parameters(self.model) if p.in_block is blocks and not p.is_norm)
+        return sum(p.local(self.tensor, shards) * shards for p in self.chosen(blocks, not blocks, None, learning) if not p.is_norm)
 
 
 # Activations
@@ -170,9 +161,15 @@ def _widths(case: Case) -> _Widths:
     return _Widths(c.d_model, c.d_ff // t, heads * c.head_dim, kv_heads * c.head_dim, heads, kv_heads)
 
 
-def _norm_input(case: Case) -> int:
-    """Bytes that a norm of all of d keeps besides its statistics: its input, and an RMSNorm in parts also what it scales."""
-    return FLOAT * case.tokens * case.model.d_model * (2 if case.model.norm == "rmsnorm" and case.plain else 1)
+def _learns(case: Case, module: str) -> bool:
+    """Whether this part of a block trains in any block, itself or by its adapter: else products need no inputs for backward."""
+    return case.trains is None or any(name.split(".", 2)[-1].startswith(f"{module}.") for name in case.trains)
+
+
+def _norm_input(case: Case, name: str) -> int:
+    """Bytes that a norm of all of d keeps besides its statistics: its input, and an RMSNorm in parts, if it trains, also what it scales."""
+    learns = case.learns(name) if name == "final_norm" else _learns(case, name)
+    return FLOAT * case.tokens * case.model.d_model * (2 if case.model.norm == "rmsnorm" and case.plain and learns else 1)
 
 
 def _norm_statistics(case: Case) -> int:
@@ -209,7 +206,7 @@ def _attention_bytes(case: Case) -> int:
     kept = e * M * (2 * w.a + 2 * kv) + FLOAT * M * w.heads
     # The result lies as q does, head by head where those are normed or turned in part, and is then copied for `out`.
     by_head = case.model.qk_norm or (case.model.positions == "rotary" and case.model.rotary_dim < case.model.head_dim)
-    return kept + (e * M * w.a if by_head and not case.compiled else 0)
+    return kept + (e * M * w.a if by_head and not case.compiled and _learns(case, "attention.out") else 0)
 
 
 def _dropout_bytes(case: Case) -> int:
@@ -236,11 +233,16 @@ def block_activations(case: Case) -> int:
         head_norms = e * M * (w.a + w.kv) + head_statistics if c.qk_norm else 0
         hidden = e * M * w.f * (3 if is_gated else 2)
         return norms + head_norms + _rotary_bytes(case, 1) + _attention_bytes(case) + hidden + _dropout_bytes(case)
-    norms = _norm_input(case) * (1 if is_parallel else 2) + 2 * _norm_statistics(case)
-    head_norms = FLOAT * M * (w.a + w.kv) * (2 if case.plain else 1) + head_statistics if c.qk_norm else 0
-    casts = 3 if e == 2 else 1  # autocast casts a product's input for each product by itself
-    inputs, hidden = (2 if e == 2 else 1, 4) if is_gated else (1, 2)
-    products = e * M * ((casts + inputs) * w.d + hidden * w.f)
+    inputs_of_norms = [_norm_input(case, name) for name in ("attention_norm", "feedforward_norm")]
+    norms = (max(inputs_of_norms) if is_parallel else sum(inputs_of_norms)) + 2 * _norm_statistics(case)
+    twice = case.plain and (_learns(case, "attention.q_norm") or _learns(case, "attention.k_norm"))
+    head_norms = FLOAT * M * (w.a + w.kv) * (2 if twice else 1) + head_statistics if c.qk_norm else 0
+    # What a product with a frozen matrix reads is not kept for it. Autocast casts a product's input for each product by itself.
+    qkv = sum(_learns(case, f"attention.{name}") for name in "qkv")
+    ups = sum(_learns(case, f"feedforward.{name}") for name in (("gate", "up") if is_gated else ("up",)))
+    hidden = (3 if is_gated else 1) + _learns(case, "feedforward.down")
+    inputs = qkv + ups if e == 2 else min(qkv, 1) + min(ups, 1)
+    products = e * M * (inputs * w.d + hidden * w.f)
     return norms + head_norms + _rotary_bytes(case, 2) + _attention_bytes(case) + products + _dropout_bytes(case)
 
 
@@ -251,8 +253,10 @@ def kept_products(case: Case) -> int:
         attention = FLOAT * M * (w.a + w.heads * case.length)
     else:
         attention = e * M * w.a + (e * case.micro_batch * w.heads * _seen(case) if _is_blockwise(case) else FLOAT * M * w.heads)
+    adapted = frozenset(case.lora.modules(c))  # the sum of a matrix and its adapter is a product, in fp32
+    sums = FLOAT * sum(p.local(case.tensor) for p in case.parameters if p.name.removesuffix(".weight") in adapted) // c.n_layer
     residual = (0 if c.parallel_residual else 1) if case.compiled else 2
-    return e * M * (w.a + 2 * w.kv + residual * w.d + (2 if c.activation == "swiglu" else 1) * w.f) + attention
+    return e * M * (w.a + 2 * w.kv + residual * w.d + (2 if c.activation == "swiglu" else 1) * w.f) + attention + sums
 
 
 def kept_of_block(case: Case) -> int:
@@ -265,18 +269,27 @@ def kept_of_block(case: Case) -> int:
 def activations(case: Case) -> int:
     """Bytes that the blocks, the embeddings and the final norm keep for backward; with checkpointing, and one block computed again."""
     c, M, e = case.model, case.tokens, case.width
-    ends = _norm_input(case) + _norm_statistics(case) + 8 * M
-    ends += (FLOAT if case.plain else 1) * M * c.d_model if c.dropout else 0
+    learns = case.layers > 0 or case.learns("final_norm")  # anything below the head
+    ends = _norm_input(case, "final_norm") + _norm_statistics(case) if learns else 0
+    if case.learns("embeddings."):
+        ends += 8 * M + ((FLOAT if case.plain else 1) * M * c.d_model if c.dropout else 0)
+    elif case.layers and not case.compiled:  # nothing is sent down through the lowest norm
+        if not _learns(case, "attention_norm"):
+            ends -= _norm_input(case, "attention_norm") + _norm_statistics(case)
+        elif c.norm == "rmsnorm" and case.plain:
+            ends -= FLOAT * M * c.d_model
     if case.documents:
         ends += e * M * case.length  # the mask
         ends += 2 * FLOAT * M * c.rotary_dim if c.positions == "rotary" and e == FLOAT else 0
     block, again = block_activations(case), case.computed_again
-    return ends + (c.n_layer - again) * block + (again * kept_of_block(case) + block if again else 0)
+    return ends + (case.layers - again) * block + (again * kept_of_block(case) + block if again else 0)
 
 
 def loss_bytes(case: Case) -> int:
     """What `LinearCrossEntropy` keeps for backward: both gradients, made in forward."""
-    return case.width * case.tokens * case.model.d_model + FLOAT * case.model.outputs * case.model.d_model
+    d = case.model.d_model
+    below = case.layers > 0 or case.learns("final_norm")
+    return case.width * case.tokens * d * below + FLOAT * case.model.outputs * d * case.head_learns
 
 
 # What lasts, and the moments of a step
@@ -284,68 +297,89 @@ def loss_bytes(case: Case) -> int:
 
 def states(case: Case) -> dict[str, float]:
     """Bytes on rank 0 that last from step to step, by what they are for."""
-    local = case.elements()
-    averaged_once = case.elements(matrices=True) if case.optimizer == "muon" else 0
-    optimizer = FLOAT * (averaged_once + 2 * (local - averaged_once))
-    return {"parameters": FLOAT * local, "optimizer": optimizer, "average": FLOAT * local if case.ema else 0}
+    learning = case.elements(learning=True)
+    averaged_once = case.elements(matrices=True, learning=True) if case.optimizer == "muon" else 0
+    optimizer = FLOAT * (averaged_once + 2 * (learning - averaged_once))
+    return {
+        "parameters": FLOAT * case.elements(), "optimizer": optimizer, "average": FLOAT * learning if case.ema else 0, "beside": case.beside
+    }  # fmt: skip
 
 
 def accumulated(case: Case) -> float:
     """Bytes of gradients on rank 0 while passes add them up: divided under FSDP; DDP's own, besides its buckets, which always are."""
-    buckets = 0 if case.is_divided or case.replicas == 1 else FLOAT * case.elements()
-    return buckets + (FLOAT * case.elements() if case.passes > 1 else 0)
+    size = FLOAT * case.elements(learning=True)
+    return (0 if case.is_divided or case.replicas == 1 else size) + (size if case.passes > 1 else 0)
 
 
 def cast_weights(case: Case) -> float:
-    """Bytes of autocast's copies of the blocks' matrices, which backward needs, or forward to its end. FSDP gathers them in bf16."""
-    return case.width * case.elements(matrices=True) if case.width == 2 and not case.is_divided else 0
+    """Bytes of the copies of the blocks' matrices that backward needs, or forward to its end: autocast's, and sums with adapters.
+
+    FSDP gathers matrices in bf16, and makes sums again. Blocks that run without gradients keep none.
+    """
+    if case.is_divided:
+        return 0
+    matrices = [p for p in case.chosen(matrices=True) if cast(int, p.block) >= case.depth]
+    if case.width == FLOAT:
+        adapted = frozenset(case.lora.modules(case.model))
+        matrices = [p for p in matrices if p.name.removesuffix(".weight") in adapted]
+    return case.width * sum(p.local(case.tensor) for p in matrices)
 
 
 def passes(case: Case) -> dict[str, float]:
     """Bytes on rank 0 besides the states at the fullest moment of the passes, by what they are for."""
-    c, M = case.model, case.tokens
+    c, M, layers = case.model, case.tokens, case.layers
     head = c.outputs * c.d_model
+    dw_head = head * case.head_learns
     again = block_activations(case) if case.computed_again else 0
     root = FLOAT * case.gathered(blocks=False) if case.is_divided else 0
     block = case.gathered(blocks=True) / c.n_layer if case.is_divided else 0
+    learning = case.gathered(blocks=True, learning=True) / c.n_layer if case.is_divided else 0
     gradients, casts = accumulated(case), cast_weights(case)
-    casts_after = casts / c.n_layer * (c.n_layer - case.computed_again + (1 if again else 0))
+    casts_after = casts / max(1, layers) * (layers - case.computed_again + (1 if again else 0))
     # The loss: dW, the head in bf16, a chunk's part of dW, and 23 bytes a logit, counted from the source; compiled, it and its gradient.
     a_logit = 2 * case.width if case.compiled else 23
-    loss = loss_bytes(case) + 2 * case.width * head + a_logit * min(case.chunk, M) * c.outputs
+    narrow = case.width * head if case.width < FLOAT else 0
+    loss = loss_bytes(case) + narrow + case.width * dw_head + a_logit * min(case.chunk, M) * c.outputs
     forward = {"activations": activations(case) - again, "loss": loss, "casts": casts_after if case.compiled else casts}
     forward["gathered"] = root + case.width * block  # FSDP2 keeps what the last block was gathered in until it gathers again
     # Backward begins: dW and dW scaled; of FSDP this block, the next one and the gradient.
-    dw = case.width * M * c.d_model + 2 * FLOAT * head
+    dw = case.width * M * c.d_model + 2 * FLOAT * dw_head
     kept = activations(case)
-    first = {"casts": casts_after, "activations": kept, "loss": dw, "gathered": root + 3 * case.width * block}
+    first = {"casts": casts_after, "activations": kept, "loss": dw, "gathered": root + case.width * (2 * block + learning)}
     # It goes on: what the block before sends is there still, in fp32; or this block's too, with what comes of it.
-    sending = max(3 * case.width + FLOAT, case.width + 2 * FLOAT + FLOAT / max(1, case.shards)) * block
-    of_a_block = kept_of_block(case) if c.n_layer > 1 else 0
-    second = {"casts": casts_after, "activations": kept - of_a_block, "loss": dw - FLOAT * head, "gathered": root + sending}
+    e, rest = case.width, 2 * FLOAT + FLOAT / max(1, case.shards)
+    sending = max(2 * e * block + (e + FLOAT) * learning, e * block + rest * learning)
+    of_a_block = kept_of_block(case) if layers > 1 else 0
+    second = {"casts": casts_after, "activations": kept - of_a_block, "loss": dw - FLOAT * dw_head, "gathered": root + sending}
     # And ends: all gradients, the embedding's and the head's before they are added up; what FSDP is sending is not divided yet.
-    all_of_them = max(gradients, FLOAT * (case.elements() - (case.elements(root=False) // c.n_layer if case.is_divided else 0)))
-    end = {"gradients": all_of_them, "activations": block_activations(case), "loss": 2 * FLOAT * head, "gathered": root + sending}
+    of_blocks = case.elements(root=False, learning=True)
+    all_of_them = max(gradients, FLOAT * (case.elements(learning=True) - (of_blocks // c.n_layer if case.is_divided else 0)))
+    last = block_activations(case) if layers else 0
+    end = {"gradients": all_of_them, "activations": last, "loss": 2 * FLOAT * dw_head, "gathered": root + sending}
     moments = (*({"gradients": gradients, **moment} for moment in (forward, first, second)), end)
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def update(case: Case) -> dict[str, float]:
     """Bytes on rank 0 besides the states at the fullest moment of an update that is measured, for which the weights are copied."""
-    size = FLOAT * case.elements()
-    # Its norm is that of what is put where the gradients were; DDP's buckets stay.
-    parts = {"gradients": size, "weights_before": size, "update": 0.0 if case.is_divided or case.replicas == 1 else size}
+    size = FLOAT * case.elements(learning=True)
+    # Its norm is that of what is put where the gradients were, one by one; DDP's buckets stay.
+    largest = FLOAT * max((p.local(case.tensor, max(1, case.shards)) for p in case.chosen(learning=True)), default=0)
+    parts: dict[str, float] = {
+        "gradients": size,
+        "weights_before": size,
+        "update": largest if case.is_divided or case.replicas == 1 else size,
+    }
     if not case.fused_adamw:  # the gradients scaled, the divisors, the updates, those that apply; of all matrices at once
-        own = [p for p in parameters(case.model) if len(p.shape) == 2 and not (p.is_matrix and case.optimizer == "muon")]
+        own = [p for p in case.chosen(learning=True) if len(p.shape) == 2 and not (p.is_matrix and case.optimizer == "muon")]
         parts["update"] = max(parts["update"], 4 * FLOAT * sum(p.local(case.tensor, max(1, case.shards)) for p in own))
     if case.optimizer != "muon":
         return parts
     sets: dict[tuple[int | None, ...], list[int]] = defaultdict(lambda: [0, 0])  # of the same shape and layout: made orthogonal together
-    for p in parameters(case.model):
-        if p.is_matrix:
-            found = sets[(*p.shape, p.split if case.tensor > 1 else None)]
-            found[0] += p.local(case.tensor, max(1, case.shards))
-            found[1] += math.prod(p.shape) * p.count
+    for p in case.chosen(matrices=True, learning=True):
+        found = sets[(*p.shape, p.split if case.tensor > 1 else None)]
+        found[0] += p.local(case.tensor, max(1, case.shards))
+        found[1] += math.prod(p.shape)
     for (rows, columns, _), (here, total) in sets.items():
         assert rows is not None
         assert columns is not None
@@ -380,6 +414,7 @@ class Memory:
         gathered: parameters of other devices, under FSDP.
         weights_before: copied to measure the update.
         update: what the optimizer makes besides, such as matrices that are made orthogonal.
+        beside: a teacher, or the reference of DPO.
     """
 
     parameters: float = 0.0
@@ -392,6 +427,7 @@ class Memory:
     gathered: float = 0.0
     weights_before: float = 0.0
     update: float = 0.0
+    beside: float = 0.0
 
     @property
     def total(self) -> float:
@@ -404,8 +440,8 @@ def needs(case: Case) -> Memory:
     return Memory(**states(case), **max(passes(case), update(case), key=lambda parts: sum(parts.values())))
 
 
-def case_of(config: RunConfig, ranks: int, micro_batch: int, device: Device, compiled: bool) -> Case:
-    """The case that a run is.
+def case_of(config: RunConfig, ranks: int, micro_batch: int, device: Device, compiled: bool, trains: frozenset[str] | None = None) -> Case:
+    """The case that a run is, without another model beside it.
 
     Args:
         config: the run. A vocabulary that is not known yet is as large as the tokenizer's is to be.
@@ -413,6 +449,7 @@ def case_of(config: RunConfig, ranks: int, micro_batch: int, device: Device, com
         micro_batch: sequences of a pass; what one rank has of a batch, if that is less.
         device: of each rank.
         compiled: whether blocks and loss are.
+        trains: names of the parameters that train; None: all.
     """
     p, train = config.parallel, config.train
     model = replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
@@ -425,6 +462,7 @@ def case_of(config: RunConfig, ranks: int, micro_batch: int, device: Device, com
         config.sequence_length, size, -(-mine // size), device.dtype.itemsize, train.activation_checkpointing,
         train.activation_checkpointing_n, config.optimizer.name, bool(train.ema), compiled, config.on_examples or config.data.document_mask,
         device.is_host, device.fused_adamw, chunk_size(device.type, model.outputs, size * config.sequence_length),
+        config.lora, trains,
     )  # fmt: skip
 
 
@@ -432,6 +470,7 @@ _LABELS = {
     "parameters": "parameters, fp32", "optimizer": "optimizer state", "average": "average of the weights", "gradients": "gradients",
     "casts": "weights in bf16", "activations": "activations kept for backward", "loss": "head and loss", "gathered": "gathered parameters",
     "weights_before": "weights before a measured update", "update": "the optimizer's working memory",
+    "beside": "teacher or reference",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 
 from gpt.config import RunConfig
 from gpt.errors import UserError
-from gpt.runtime.memory import ROOM, Case, binary_size, case_of, peak
+from gpt.runtime.memory import ROOM, Case, binary_size, peak
 
 if TYPE_CHECKING:
     from gpt.runtime.device import Device
@@ -54,23 +54,19 @@ def says_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None)
 
 
-def memory_error(
-    error: RuntimeError, config: RunConfig, ranks: int, device: Device, micro_batch: int, compiled: bool, where: str
-) -> UserError | None:
+def memory_error(error: RuntimeError, config: RunConfig, case_of: Callable[[], Case], device: Device, where: str) -> UserError | None:
     """What to tell the user of an error, if it says that memory ran out: a sentence, and in its notes the settings that would help.
 
     Args:
         error: what came out of a step.
         config: the run.
-        ranks: its processes.
-        device: of each.
-        micro_batch: sequences of a pass.
-        compiled: whether blocks and loss are.
+        case_of: says what it needs.
+        device: of each process.
         where: when it happened and what is safe, in words.
     """
     if not says_out_of_memory(error):
         return None
-    case = case_of(config, ranks, micro_batch, device, compiled)
+    case = case_of()
     capacity = device.memory_limit()
     compiles = config.compile is not True and device.compile_obstacle() is None
     lines = advice(case, capacity, config.precision == "fp32", compiles, device.is_host)

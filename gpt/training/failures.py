@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from safetensors import SafetensorError
 
@@ -10,6 +11,7 @@ from gpt.config import RunConfig
 from gpt.errors import UserError
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World, collective_of, waited_too_long
+from gpt.runtime.memory import Case
 from gpt.runtime.out_of_memory import memory_error
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -17,7 +19,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def explained(
     error: Exception, config: RunConfig, world: World, device: Device, patience: float, path: object, doing: str, last: str,
-    micro_batch: int, compiled: bool,
+    case: Callable[[], Case],
 ) -> Exception | None:  # fmt: skip
     """What to raise in place of an error, or None where it says what it is itself.
 
@@ -28,7 +30,7 @@ def explained(
         path: of the run directory.
         doing: what it was at.
         last: which checkpoint there is, in words.
-        micro_batch, compiled: how it ran, for what it could do without memory.
+        case: says what it needs, for what it could do without memory.
     """
     if isinstance(error, (OSError, SafetensorError)):
         if isinstance(error, OSError) and error.errno not in _DISK_FULL:
@@ -37,7 +39,7 @@ def explained(
     if not isinstance(error, RuntimeError):
         return None
     where = f"{doing}; {last}"
-    if told := memory_error(error, config, world.size, device, micro_batch, compiled, where):
+    if told := memory_error(error, config, case, device, where):
         return told
     if told := device.explain(error):
         return UserError(f"{told} (while {where})")

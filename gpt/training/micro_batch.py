@@ -8,12 +8,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from gpt.config import RunConfig
 from gpt.data.batches import Batch
 from gpt.errors import UserError
 from gpt.model.objective import NextTokenLoss
 from gpt.runtime.device import Device
-from gpt.runtime.memory import ROOM, case_of, peak
+from gpt.runtime.memory import ROOM, Case, peak
 from gpt.training.objectives import Giver, given
 
 # micro_batch=auto: the most tokens of a pass. More make no step faster, and on a CPU, where memory is shared, nothing says when it is full.
@@ -25,17 +24,18 @@ def divisors(sequences: int, most: int) -> list[int]:
     return [d for d in range(min(sequences, max(1, most)), 0, -1) if sequences % d == 0]
 
 
-def largest_by_formula(sizes: list[int], config: RunConfig, ranks: int, device: Device, compiled: bool) -> int:
+def largest_by_formula(sizes: list[int], case_of: Callable[[int], Case], device: Device) -> int:
     """The largest size that the formulas of `gpt.runtime.memory` let fit, for a device on which trying one would be compiling it.
 
     Args:
         sizes: to choose from, the largest first; the last one where none fits, or the first where the device's memory is not known.
-        config, ranks, device, compiled: the run.
+        case_of: (sequences) -> the run, with so many in a pass.
+        device: of each process.
     """
     limit = device.memory_limit()
     if limit is None:
         return sizes[0]
-    return next((size for size in sizes if peak(case_of(config, ranks, size, device, compiled)) <= ROOM * limit), sizes[-1])
+    return next((size for size in sizes if peak(case_of(size)) <= ROOM * limit), sizes[-1])
 
 
 def largest_that_fits(attempt: Callable[[int], None], sizes: list[int]) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from gpt.config import RunConfig
 from gpt.data.batches import Batches
+from gpt.data.config import EXAMPLE_SOURCES
 from gpt.data.streaming import StreamingBatches
 from gpt.errors import UserError
 from gpt.finetuning.freezing import plan_freezing
@@ -20,6 +21,7 @@ from gpt.model.transformer import GPT
 from gpt.runtime.compiling import CompileAhead, FixedGraphs, kinds_of_graphs, should_compile
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
+from gpt.runtime.memory import Case
 from gpt.runtime.parallel import unwrapped
 from gpt.training.answering import Answering
 from gpt.training.checkpoint import TrainingState, load_checkpoint, read_state
@@ -29,11 +31,12 @@ from gpt.training.data import OneBatch, complete_shape, open_training_data
 from gpt.training.layout import first_weights, lay_out, prepare_blocks
 from gpt.training.length import expected_length, expected_model, run_length
 from gpt.training.micro_batch import MOST_TOKENS, divisors, largest_by_formula, largest_that_fits, try_pass
+from gpt.training.needs import run_case
 from gpt.training.objectives import Givers, givers_for, whole_pairs
 from gpt.training.resuming import checkpoint_to_continue, refuse_other_data, refuse_unlike_machines, run_to_continue, with_own_tokenizer
 from gpt.training.run_directory import RunDirectory
 from gpt.training.step import Counts, Step
-from gpt.training.unfreezing import Unfreezing, check_plan
+from gpt.training.unfreezing import Unfreezing, expected_plan
 
 
 class PreparedRun:
@@ -58,7 +61,8 @@ class PreparedRun:
         config.validate()
         if config.freeze.untie and config.model.tie_embeddings:
             config.model = replace(config.model, tie_embeddings=False)
-        check_plan(config)  # before anything is written or read
+        self.plan = expected_plan(config)  # found wrong before anything is written or read
+        self.paired = EXAMPLE_SOURCES.get(config.data.source, config.data.format) == "preference"  # as far as is known before rows are read
         self.config = config
         self.givers = Givers()
         self.doing, self.micro_batch, self.compiled = "setting up", 1, False  # for errors that say where a process waited or ran full
@@ -79,7 +83,7 @@ class PreparedRun:
         self.micro_batch = sizes[0]
         self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config))
         if config.train.micro_batch == "auto" and not self.device.says_when_full:
-            self.micro_batch = largest_by_formula(sizes, config, world.size, self.device, self.compiled)
+            self.micro_batch = largest_by_formula(sizes, lambda size: self.case(micro_batch=size), self.device)
         ahead = None
         if self.compiled and not world.is_divided and self.device.compiles_ahead:
             documents = config.on_examples or config.data.document_mask
@@ -90,7 +94,8 @@ class PreparedRun:
         source = config if checkpoint is None else with_own_tokenizer(config, self.directory.path)
         self.data = world.main_first(lambda: open_training_data(source, self.sequences, self.say))
         refuse_unlike_machines(self.data.fingerprint, world)
-        if self.data.pairs:
+        self.paired = bool(self.data.pairs)
+        if self.paired:
             self.micro_batch, sizes = whole_pairs(self.micro_batch, sizes, config, self.sequences, world.data_size)
         if ahead is not None and not ahead.done():
             self.say("compiling (some 15 s the first time, a second after that)")
@@ -102,8 +107,8 @@ class PreparedRun:
         start = partial(first_weights, config, checkpoint is None, self.say, self.data.tokenizer)
         with torch.device("meta"):
             shape = GPT(config.model, config.lora)
-            plan = plan_freezing(config.freeze, config.unfreeze, shape, config.model.head != "language_model")
-        layout = lay_out(config, start, self.compiled, world, self.device, plan.stages[0].names, bool(self.data.pairs))
+            self.plan = plan = plan_freezing(config.freeze, config.unfreeze, shape, config.model.head != "language_model")
+        layout = lay_out(config, start, self.compiled, world, self.device, plan.stages[0].names, self.paired)
         self.model, self.objective = layout.model, layout.objective
         self.graphs = FixedGraphs(self.device, kinds_of_graphs(self.model, config.train) if self.compiled else ())
         self.unfreezing = Unfreezing(config, plan, self.model, self.objective, world, self.device)
@@ -138,6 +143,11 @@ class PreparedRun:
                 self.directory.keep_table(rows)
         size = self.model.num_parameters() / 1e6
         self.say(f"model: {size:.2f}M parameters, {config.model.stock_architecture()} shape; {reason}")
+
+    def case(self, ranks: int | None = None, micro_batch: int | None = None) -> Case:
+        """What the run needs of memory, as far as is known; on so many ranks, with so many sequences of a pass, if not its own."""
+        ranks, micro_batch = ranks or self.world.size, micro_batch or self.micro_batch
+        return run_case(self.config, self.plan, ranks, micro_batch, self.device, self.compiled, self.paired, self.givers.teacher)
 
     def _resume(self, checkpoint: Path) -> None:
         with at_hand(checkpoint, self.world) as here:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from gpt.config import RunConfig
 from gpt.runtime.compiling import FixedGraphs
 from gpt.runtime.device import Device
-from gpt.runtime.memory import binary_size, case_of, fit_rows
+from gpt.runtime.memory import Case, binary_size, fit_rows
 from gpt.runtime.neuron_sim_record import Graph, Record
 
 FILE = "rehearsal.txt"
@@ -38,7 +39,7 @@ class Rehearsed:
         device: it.
         config: the run.
         ranks: processes.
-        micro_batch: sequences of a pass.
+        case: (ranks) -> what it needs of each, by formulas.
         steps: done, in this process.
         total_steps: of the whole run; None: its length is a time.
         flops_per_token: of training.
@@ -49,7 +50,7 @@ class Rehearsed:
     device: Device
     config: RunConfig
     ranks: int
-    micro_batch: int
+    case: Callable[[int], Case]
     steps: int
     total_steps: int | None
     flops_per_token: int
@@ -138,7 +139,7 @@ def _is_view(name: str) -> bool:
 
 
 def _memory(run: Rehearsed) -> list[str]:
-    case = case_of(run.config, run.told_ranks, run.micro_batch, run.device, compiled=run.graphs.expected > 0)
+    case = run.case(run.told_ranks)
     here = "measured here, where nothing is fused" + (f", on {run.ranks}" if run.told_ranks != run.ranks else "")
     rows = [*fit_rows(case, run.device.memory_limit()), (here, float(run.record.peak_bytes))]
     width = max(len(label) for label, _ in rows)

@@ -78,7 +78,10 @@ def write_results(
     if scores is not None:
         say_samples(samples, say)
     for sample in samples if scores is None else ():
-        say(f"\n--- {sample.prompt[-500:]!r} continues:\n{sample.prompt[-500:]}{sample.text}")
+        if data.on_examples:
+            say(f"\n--- prompt:\n{sample.prompt[-500:].rstrip()}\n--- answer:\n{sample.text}")
+        else:
+            say(f"\n--- {sample.prompt[-500:]!r} continues:\n{sample.prompt[-500:]}{sample.text}")
         if sample.expected:
             say(f"--- expected: {sample.expected}")
     measured = f" ({held_out.bytes:,} bytes): {held_out.bits_per_byte:.3f} bits per byte"

@@ -89,6 +89,8 @@ class Trainer(PreparedRun):
         if unused := config.launch.unused():
             self.say(f"note: of launch=sagemaker, and not used by launch=local: {', '.join(unused)}")
         config.run.id = self.world.share(lambda: config.run.id or new_run_id(config.command))
+        if self.world.is_restart and config.resume == "never":
+            config.resume = "auto"  # what is there now is this run's own
         self.directory = RunDirectory(config, owned=self.world.is_main)
         try:
             self._set_up()
@@ -108,17 +110,14 @@ class Trainer(PreparedRun):
                 result = self._finish()
             if (record := self.device.rehearsal()) is not None and self.world.is_main:
                 flops, steps = self.model.flops_per_token(), self.state.step + 1 - self.first
-                rehearsed = Rehearsed(
-                    record, self.device, config, self.world.size, self.micro_batch, steps, self.total_steps, flops, self.graphs
-                )
+                rehearsed = Rehearsed(record, self.device, config, self.world.size, self.case, steps, self.total_steps, flops, self.graphs)
                 self.say(f"\n{write_rehearsal(rehearsed, self.directory.path)}")
             self.world.leave()  # not after an error, which the processes first tell each other
             return result
         except (OSError, SafetensorError, RuntimeError) as error:
             told = explained(
-                error, config, self.world, self.device, self.patience, self.directory.path, self.doing, self._last_checkpoint(),
-                self.micro_batch, self.compiled,
-            )  # fmt: skip
+                error, config, self.world, self.device, self.patience, self.directory.path, self.doing, self._last_checkpoint(), self.case
+            )
             if told is None:
                 raise
             raise told from error

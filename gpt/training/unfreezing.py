@@ -23,8 +23,8 @@ from gpt.training.optimizer import AdamW, Muon, build_optimizers, extend_optimiz
 from gpt.training.weight_average import WeightAverage
 
 
-def check_plan(config: RunConfig) -> None:
-    """Check the plan of a run before anything is read, on the model that the config describes.
+def expected_plan(config: RunConfig) -> Plan:
+    """The plan of a run before anything is read, on the model that the config describes.
 
     Rows with classes give the model another head, and what rows are may show only as they are read: then it is enough that one of the
     models that it may be can have the plan.
@@ -39,11 +39,9 @@ def check_plan(config: RunConfig) -> None:
     for shape in (model, *(replace(model, head=head, classes=["0", "1"]) for head in teaches)):
         try:
             with torch.device("meta"):
-                plan_freezing(config.freeze, config.unfreeze, GPT(shape, config.lora), shape.head != "language_model")
+                return plan_freezing(config.freeze, config.unfreeze, GPT(shape, config.lora), shape.head != "language_model")
         except UserError as error:
             problem = problem or error
-        else:
-            return
     assert problem is not None
     raise problem
 

@@ -41,6 +41,14 @@ def make(model) -> Callable[..., Chat]:
     return chat
 
 
+def is_gnu_readline() -> bool:
+    try:
+        import readline
+    except ImportError:
+        return False
+    return "GNU readline" in (readline.__doc__ or "")
+
+
 def say(chat: Chat, text: str) -> str:
     return "".join(chat.answer(text))
 
@@ -261,6 +269,64 @@ def test_in_a_real_terminal_ctrl_c_stops_the_answer_and_not_the_chat(chat_folder
         until(b"you> ", start)
         time.sleep(0.5)
         os.write(controller, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+
+
+@pytest.mark.parametrize(
+    ("given", "turns"),
+    [
+        (["one", "two"], ["one", "two"]),
+        (['"""one', "", '  two"""', "three"], ["one\n\n  two", "three"]),
+        (['"""', "def f():", '    """Doc."""', "three"], ['def f():\n    """Doc.', "three"]),
+        (['"""one"""'], ["one"]),
+        (['"""one', "two"], ["one\ntwo"]),  # to the end of the input
+        (['"""a\nb"""'], ['"""a\nb"""']),  # pasted: nothing of it is ours
+    ],
+)
+def test_a_turn_is_a_line_or_what_stands_between_triple_quotes(given, turns, make, monkeypatch):
+    chat, asked = make(), []
+    monkeypatch.setattr(chat, "_turn", asked.append)
+    assert talk(chat, monkeypatch, *given) == 0
+    assert asked == turns
+
+
+def test_ctrl_c_leaves_several_lines_unsaid(make, monkeypatch):
+    chat, asked = make(), []
+    monkeypatch.setattr(chat, "_turn", asked.append)
+    assert talk(chat, monkeypatch, '"""one', "two", KeyboardInterrupt, "three") == 0
+    assert asked == ["three"]
+
+
+@pytest.mark.skipif(not is_gnu_readline(), reason="only GNU readline knows what is pasted")
+def test_lines_that_are_pasted_together_are_one_turn(tmp_path):
+    import pty
+
+    controller, terminal = pty.openpty()
+    code = "from gpt.inference.chat import edit_lines, read_turn; edit_lines(); print(repr(read_turn()))"
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    seen = b""
+    try:
+        while b"you> " not in seen:
+            seen += os.read(controller, 4096)
+        assert b"\x1b[?2004h" in seen, "the terminal is asked to tell what is pasted"
+        os.write(controller, b"\x1b[200~one\ntwo\x1b[201~\n")
+        while b"'one" not in seen:
+            seen += os.read(controller, 4096)
+        assert b"'one\\ntwo'" in seen
         assert process.wait(30) == 0
     finally:
         process.kill()

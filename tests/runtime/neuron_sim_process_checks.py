@@ -219,7 +219,7 @@ def check_fsdp_in_bf16(device):
 
 def check_tensor_parallelism(device):
     mesh = init_device_mesh(device, (1, 1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
-    world = World(dist.get_rank(), 2, dist.get_rank(), 2, 0, 1, mesh, True, None)
+    world = World(dist.get_rank(), 2, dist.get_rank(), 2, 0, 1, mesh, True)
     return trained(device, model(device, mesh["shard"], world), share=False)
 
 

@@ -107,7 +107,7 @@ def test_a_run_that_should_fit_points_elsewhere():
 
 def test_an_error_of_another_kind_has_no_advice():
     config = compose_run("pretrain", ["run.id=r"])
-    assert memory_error(RuntimeError("shapes differ"), config, 1, None, 1, False, "here") is None  # type: ignore[arg-type]
+    assert memory_error(RuntimeError("shapes differ"), config, lambda: CASE, None, "here") is None  # type: ignore[arg-type]
 
 
 def test_a_step_that_runs_out_of_memory_ends_the_run_with_advice(tmp_path: Path, corpus: Path, cache_dir, monkeypatch, capsys):

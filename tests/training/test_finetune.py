@@ -257,3 +257,16 @@ def test_a_run_goes_on_without_the_weights_it_began_from(tmp_path, init):
     result = Trainer(compose_run("finetune", [f"resume={run}", "train.budget=5steps"])).fit()
     assert result.state.step == 5
     assert load_run(run).tokenizer.path == str(mine), "the config stays as it was, so that the same command goes on with it"
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_sample_shows_its_prompt_once(config_of, capsys):
+    Trainer(config_of(CHATS, "train.budget=1steps")).fit()
+    said = capsys.readouterr().err
+    first, *others = said.split("\n--- prompt:\n")[1:]
+    assert others
+    word = re.search(r"say (\w+)", first)[1]
+    assert said.count(f"say {word}") == 1
+    prompt, answer = first.split("\n--- answer:\n")
+    assert f"say {word}" in prompt
+    assert f"--- expected: {word.upper()}" in answer

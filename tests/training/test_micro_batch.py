@@ -66,9 +66,11 @@ def test_a_device_that_is_not_tried_out_gets_what_the_formulas_let_fit():
     config = compose_run("pretrain", ["model=gpt2-large", "model.vocab_size=50257", "train.batch_tokens=16384"])
     chip = Neuron("a chip", torch.bfloat16, None, CHIPS["trn2"])
     sizes = divisors(16, 16)
-    chosen = largest_by_formula(sizes, config, 1, chip, True)
+    chosen = largest_by_formula(sizes, lambda size: case_of(config, 1, size, chip, True), chip)
     assert 1 < chosen < 16
     needed = {size: needs(case_of(config, 1, size, chip, True)).total for size in sizes}
     assert needed[chosen] <= ROOM * chip.memory_limit() < needed[2 * chosen]
-    assert largest_by_formula(sizes, config, 1, Neuron("an unknown one", torch.bfloat16), True) == 16
-    assert largest_by_formula(sizes, compose_run("pretrain", ["model=gpt2-xl", "model.n_layer=96"]), 1, chip, True) == 1
+    unknown = Neuron("an unknown one", torch.bfloat16)
+    assert largest_by_formula(sizes, lambda size: case_of(config, 1, size, unknown, True), unknown) == 16
+    large = compose_run("pretrain", ["model=gpt2-xl", "model.n_layer=96"])
+    assert largest_by_formula(sizes, lambda size: case_of(large, 1, size, chip, True), chip) == 1
