@@ -226,7 +226,8 @@ class RunConfig:
     allow_pickle: bool = False
     """Read an init that is only there as pytorch_model.bin; nothing in it is run."""
     loss_on: LossOn = "auto"
-    """finetune: what of an example is learned; auto: the completion, the assistant's turns, or all of a text."""
+    """finetune: what of an example is learned; auto: the completion, the assistant's turns, all of a text, or of a text with a class
+    the class, at the text's last token; all: everything, and the class at every token, from what stands up to there."""
     unfreeze: list[UnfreezeConfig] = field(default_factory=list)
     """What of the frozen begins to train later: [{at: 500, blocks: "-2:"}, {at: 0.5, all: true}]."""
     layerwise_lr_decay: float = 1.0

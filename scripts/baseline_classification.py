@@ -1,7 +1,8 @@
 """`gpt finetune experiment=finetune_classify` against TF-IDF with logistic regression: `make bench ARGS=classification`.
 
 The baseline reads the examples that the run trains on, whole where the run cuts them at its context, and is scored on those that the run
-holds out. Which n-grams it counts, and how much it is regularised, is chosen by cross-validation on the training examples.
+holds out. Which n-grams it counts, and how much it is regularised, is chosen by cross-validation on the training examples, in folds that
+keep together what the run keeps together (`data.holdout_by`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import FeatureUnion
 
 from gpt.compose import compose_run
@@ -40,10 +41,11 @@ STRENGTHS = (10.0, 100.0, 1000.0)
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their classes."""
+    """Texts with their classes, and what each belongs to; itself, without `data.holdout_by`."""
 
     texts: list[str]
     labels: list[str]
+    groups: list[str]
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,12 @@ def read_split(config: DataConfig) -> tuple[Examples, Examples]:
     """
     source = open_source(config, config.on_error)
     hold_out = survey(source, config.holdout, 0, examples=True).hold_out
-    train, held_out = Examples([], []), Examples([], [])
+    train, held_out = Examples([], [], []), Examples([], [], [])
     for row in source.rows(ReadReport()):
-        side = held_out if hold_out(row.name) else train
-        side.texts.append(row.values[config.fields.text])
-        side.labels.append(row.values[config.fields.label])
+        side = held_out if hold_out(row.held_out_key) else train
+        side.texts.append(row.values["text"])
+        side.labels.append(row.values["label"])
+        side.groups.append(row.held_out_key)
     return train, held_out
 
 
@@ -122,7 +125,7 @@ def fit_baseline(train: Examples, held_out: Examples, names: Sequence[str] = tup
 def _cross_validated(train: Examples, name: str, folds: int) -> dict[tuple[str, float], float]:
     """(features, C) -> mean accuracy."""
     sums = dict.fromkeys(itertools.product([name], STRENGTHS), 0.0)
-    for inside, outside in StratifiedKFold(folds, shuffle=True, random_state=0).split(train.texts, train.labels):
+    for inside, outside in StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(train.texts, train.labels, train.groups):
         vectorizer = FEATURES[name]()
         fitted = vectorizer.fit_transform([train.texts[i] for i in inside])
         scored = vectorizer.transform([train.texts[i] for i in outside])
@@ -156,9 +159,8 @@ def classification() -> None:
         print(f"| TF-IDF and logistic regression | {baseline.accuracy:.2%} | {baseline.macro_f1:.2%} |", flush=True)
         for seed in SEEDS:
             run = _run(folder, "finetune", f"seed-{seed}", [f"init={init}", EXPERIMENT, f"seed={seed}"])
-            lines = [line for line in read_metrics(Path(run) / "metrics.jsonl") if "val_loss" in line]
-            best = min(lines, key=lambda line: line["val_loss"])  # whose weights the run exports
-            print(f"| {EXPERIMENT}, seed {seed} | {best['val_accuracy']:.2%} | {best['val_macro_f1']:.2%} |", flush=True)
+            end = [line for line in read_metrics(Path(run) / "metrics.jsonl") if "val_loss" in line][-1]
+            print(f"| {EXPERIMENT}, seed {seed} | {end['val_accuracy']:.2%} | {end['val_macro_f1']:.2%} |", flush=True)
 
 
 def _run(folder: str, command: str, name: str, settings: Sequence[str]) -> str:

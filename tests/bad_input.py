@@ -77,6 +77,7 @@ BAD_INPUT = {
     "pretrain seed=-1": ("seed=-1", "from 0"),
     "pretrain seed=99999999999999999999": ("seed=99999999999999999999", "4294967295"),
     "pretrain data.holdout=1": ("data.holdout=1", "less than 1"),
+    "pretrain data.holdout_by=file": ("data.holdout_by=file", "take it out"),
     "pretrain data.min_characters=-1": ("data.min_characters=-1", "at least 0"),
     "pretrain data.workers=-1": ("data.workers=-1", "at least 0"),
     "pretrain data.memory_mb=63": ("data.memory_mb=63", "at least 64"),

@@ -28,15 +28,25 @@ def orders() -> Examples:
     """Two words in one order or the other, among others: only who counts pairs can tell."""
     around = [f"{a} {{}} {b}" for a, b in itertools.product("pqrst", "vwxyz")]
     pairs = {"red_first": "red blue", "blue_first": "blue red"}
-    return Examples([text.format(pair) for text in around for pair in pairs.values()], [label for _ in around for label in pairs])
+    texts = [text.format(pair) for text in around for pair in pairs.values()]
+    return Examples(texts, [label for _ in around for label in pairs], texts)
 
 
 def test_features_are_chosen_by_cross_validation_and_scored_on_the_rest(orders):
-    held_out = Examples(
-        ["m red blue n", "m blue red n", "o red blue n", "o blue red n"], ["red_first", "blue_first", "red_first", "red_first"]
-    )
+    texts = ["m red blue n", "m blue red n", "o red blue n", "o blue red n"]
+    held_out = Examples(texts, ["red_first", "blue_first", "red_first", "red_first"], texts)
     found = fit_baseline(orders, held_out, ["words", "words and pairs"])
     assert (found.features, found.cross_validated) == ("words and pairs", 1.0)
     assert found.accuracy == 0.75
     assert found.macro_f1 == pytest.approx((4 / 5 + 2 / 3) / 2)
     assert fit_baseline(orders, held_out, ["words"]).cross_validated < 0.7
+
+
+def test_folds_keep_groups_together(orders):
+    """A word that is the group's own says the class of all of it, and nothing of any other group."""
+    groups = [str(number // 4) for number in range(len(orders.texts))]
+    labels = [orders.labels[int(group) % 2] for group in groups]
+    texts = [f"own{group} of its group" for group in groups]
+    held_out = Examples(["own0 of its group"], labels[:1], groups[:1])
+    assert fit_baseline(Examples(texts, labels, groups), held_out, ["words"]).cross_validated < 0.7
+    assert fit_baseline(Examples(texts, labels, [str(n) for n in range(len(texts))]), held_out, ["words"]).cross_validated == 1.0

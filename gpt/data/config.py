@@ -16,6 +16,8 @@ EXAMPLE_SOURCES = {
     "stdlib_docstrings": "prompt_completion", "stdlib_chats": "messages", "stdlib_packages": "text_label", "stdlib_tokens": "tokens_tags",
 }  # fmt: skip
 """Sources of examples to fine-tune on, which have no plain text, with their format. The others hold rows, which may be either."""
+EXAMPLE_GROUPS = ("file", "class")
+"""What `data.holdout_by` can be of these."""
 BESIDE_FIELDS = ("answers", "test")
 """Fields of a row that say how an answer is checked: nothing of them is learned, and no row is made of them alone."""
 LossOn = Literal["auto", "completion", "assistant", "all"]
@@ -88,6 +90,9 @@ class SourceConfig:
     split: str = "train"
     """hf: which split of the dataset."""
     fields: FieldNames = field(default_factory=FieldNames)
+    holdout_by: str = ""
+    """A field of the rows: those with one value of it are all held out or none, so that what belongs together is never on both sides.
+    Empty: each row for itself. Examples out of the standard library have file, and class (or, outside of classes, the file)."""
     licence: str = ""
     """Of the data, as you know it; kept in the manifest beside every checkpoint."""
 
@@ -236,3 +241,11 @@ def _validate_source(source: SourceConfig, key: str) -> None:
     if kind != "hf" and (source.name or source.config):
         given = "name" if source.name else "config"
         raise UserError(f"{key}.{given}={getattr(source, given)} is not read by {name}; add data=hf, or take it out")
+    if by := source.holdout_by:
+        what = f"{key}.holdout_by={shown(by)}"
+        if kind == "mixture":
+            raise UserError(f"{what}: it is of each part; set it there, e.g. data.parts=[{{source: jsonl, holdout_by: {by}, ...}}, ...]")
+        if kind in TEXT_SOURCES:
+            raise UserError(f"{what}: {name} has whole texts, which have no fields; take it out")
+        if kind in EXAMPLE_SOURCES and by not in EXAMPLE_GROUPS:
+            raise UserError(f"{what}: {name} has no such field{nearest_and_all(by, EXAMPLE_GROUPS)}")

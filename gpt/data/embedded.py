@@ -16,7 +16,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,20 @@ class EmbeddedSource(Source):
         position = dict(state or {"row": 0})
 
         def read() -> Iterator[Row]:
+            by = self.config.holdout_by
             for row in islice(self._make(), position["row"], None):
                 report.files += not position["row"]
                 position["row"] += 1
-                yield row
+                yield replace(row, group=_group(row.name, by)) if by else row
 
         return RowStream(read(), lambda: dict(position))
+
+
+def _group(name: str, by: str) -> str:
+    """What a function belongs to, by its name: its file, or its outermost class, where it has one."""
+    file, _, function = name.partition(":")
+    outermost, dot, _ = function.partition(".")
+    return f"{file}:{outermost}" if by == "class" and dot else file
 
 
 @dataclass(frozen=True)

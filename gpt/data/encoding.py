@@ -73,7 +73,9 @@ class TextEncoder:
             continues = row.piece > 0 and held_out is None
             ids = ids if continues else np.concatenate((separator, ids))
             encoded.append(
-                Encoded(row.name, row.name, ids, None, len(without_surrogates(text).encode()), held_out=held_out, continues=continues)
+                Encoded(
+                    row.name, row.held_out_key, ids, None, len(without_surrogates(text).encode()), held_out=held_out, continues=continues
+                )
             )
         return encoded
 

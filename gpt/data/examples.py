@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ExampleEncoder", "ExampleSettings", "collect_classes", "recognise_format"]
 
-_LOSS_ON = {"prompt_completion": ("completion", "all"), "messages": ("assistant", "all"), "text": ("all",)}  # the first is what auto means
+_LOSS_ON = {  # the first is what auto means
+    "prompt_completion": ("completion", "all"), "messages": ("assistant", "all"), "text": ("all",), "text_label": ("auto", "all"),
+}  # fmt: skip
 
 _COMPLETIONS = ("chosen", "rejected")
 _LEAST_PROMPT = 4  # of a pair that is too long, this part of a row is left to the prompt before completions are cut
@@ -53,7 +55,8 @@ class ExampleEncoder:
     An example is at most `context_length` tokens and takes as many places. Language modelling: `labels[i] = ids[i]` where the token is
     learned, IGNORE_LABEL elsewhere and at the first token, before which nothing stands that it could be told from. So the target of place i
     is `labels[i + 1]`, also over the border of two examples in a row, and that of an example's last place is IGNORE_LABEL. text_label: the
-    number of the class on the last token. tokens_tags: that of each word on the word's first piece. preference: two examples, the prompt
+    number of the class on the last token; whether those before it learn it too (`loss_on=all`) is the loader's business, for what is held
+    out is measured at the last. tokens_tags: that of each word on the word's first piece. preference: two examples, the prompt
     with the chosen completion and with the rejected one, of which the completions are learned; both are there or neither is.
 
     What the tokenizer itself puts before a text (Llama's <|begin_of_text|>) stands before every example but conversations, whose template
@@ -77,7 +80,9 @@ class ExampleEncoder:
         self.tokenizer_directory, self.settings, self.format, self.classes = tokenizer_directory, settings, format, classes
         loss_on = _LOSS_ON.get(format, ())
         if settings.loss_on not in ("auto", *loss_on):
-            raise UserError(f"loss_on={settings.loss_on} is not for rows of {format}; there are: {', '.join(('auto', *loss_on))}")
+            raise UserError(
+                f"loss_on={settings.loss_on} is not for rows of {format}; there are: {', '.join(dict.fromkeys(('auto', *loss_on)))}"
+            )
         if settings.too_long == "split" and format != "text":
             raise UserError(f"data.too_long=split is for rows of text; rows of {format} would lose what they answer: set truncate or drop")
         self._learn_all = (loss_on[0] if settings.loss_on == "auto" and loss_on else settings.loss_on) == "all"
@@ -265,7 +270,7 @@ class ExampleEncoder:
 
     def _encoded(self, row: Row, ids: list[int], labels: np.ndarray, counts: dict[str, int]) -> Encoded:
         made = np.array(ids, dtype=np.uint32)
-        return Encoded(row.name, row.name, made, labels, int(self._byte_lengths[made[labels != IGNORE_LABEL]].sum()), counts)
+        return Encoded(row.name, row.held_out_key, made, labels, int(self._byte_lengths[made[labels != IGNORE_LABEL]].sum()), counts)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -293,7 +298,7 @@ class ExampleEncoder:
 
 
 def _dropped(row: Row, why: str) -> Encoded:
-    return Encoded(row.name, row.name, np.array([], dtype=np.uint32), np.array([], dtype=np.int32), 0, {why: 1})
+    return Encoded(row.name, row.held_out_key, np.array([], dtype=np.uint32), np.array([], dtype=np.int32), 0, {why: 1})
 
 
 def _learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], characters: int) -> np.ndarray:

@@ -54,7 +54,7 @@ class HubSource(Source):
             except Exception as error:  # of a dozen libraries
                 raise UserError(_reason(error, config)) from error
         self._streaming = streaming
-        self._reader = RowReader(config.fields, on_error, "data.name")
+        self._reader = RowReader(config, on_error, "data.name")
         if self._dataset.column_names is not None:
             columns = self._reader.check_columns(self._dataset.column_names, self.name)
             self._dataset = self._dataset.select_columns(columns)  # others may be pictures, slow to unpack

@@ -135,6 +135,7 @@ class ExampleRows:
         packed: several examples a row, or one.
         paired: examples 2i and 2i + 1 belong together: rows 2k hold the first of some pairs, rows 2k + 1 the second of the same, as
             documents of the same numbers. The order keeps such rows side by side.
+        everywhere: of texts with a class: every token's target is that of the last one.
 
     Raises:
         UserError: an example is longer than T.
@@ -148,9 +149,10 @@ class ExampleRows:
         shifted: bool = True,
         packed: bool = True,
         paired: bool = False,
+        everywhere: bool = False,
     ) -> None:
         assert split.labels is not None
-        self.tokens, self.labels = split.tokens, split.labels
+        self.tokens, self.labels, self.everywhere = split.tokens, split.labels, everywhere
         self.context_length, self.seed, self.shifted = context_length, seed, shifted
         self.together = 2 if paired else 1
         borders = np.asarray(split.documents).astype(np.int64)
@@ -171,6 +173,8 @@ class ExampleRows:
     @property
     def tokens_per_epoch(self) -> int:
         """Targets of one epoch that are learned."""
+        if self.everywhere:
+            return int(self.lengths.sum())
         learned = sum(int(np.count_nonzero(np.asarray(shard) != IGNORE_LABEL)) for shard in self.labels.shards)
         if self.shifted:  # nothing stands before an example's first token that it could be the target of
             learned -= int(np.count_nonzero(take(self.labels, self.example_starts) != IGNORE_LABEL))
@@ -214,6 +218,8 @@ class ExampleRows:
         if self.shifted:
             labels = np.append(labels[1:], IGNORE_LABEL)
             labels[before + lengths - 1] = IGNORE_LABEL  # behind an example's last token stands another example
+        elif self.everywhere:
+            labels = np.repeat(labels[before + lengths - 1], lengths)
         targets[places] = labels
         made, learned, documents_of = (torch.from_numpy(x.reshape(n, T)) for x in (tokens, targets, documents))
         return Batch(made, learned, documents_of, torch.from_numpy(packs))
@@ -248,7 +254,7 @@ class RowBatches:
         return self._rows.rows(np.arange(first, first + each))
 
 
-def build_batches(corpus: Corpus, data: DataConfig, context_length: int, sequences: int, seed: int) -> RowBatches:
+def build_batches(corpus: Corpus, data: DataConfig, context_length: int, sequences: int, seed: int, everywhere: bool = False) -> RowBatches:
     """What a run trains on.
 
     Args:
@@ -257,6 +263,7 @@ def build_batches(corpus: Corpus, data: DataConfig, context_length: int, sequenc
         context_length: T.
         sequences: B, of the global batch.
         seed: of the order.
+        everywhere: of texts with a class, every token is a place to tell it from what stands up to there, not only the last.
 
     Raises:
         UserError: a part is too small for a row, text is mixed with examples, or a pair would be torn apart.
@@ -264,7 +271,7 @@ def build_batches(corpus: Corpus, data: DataConfig, context_length: int, sequenc
     parts: list[TextWindows | ExampleRows] = []
     for number, part in enumerate(corpus.parts):
         own_seed = (seed,) if len(corpus.parts) == 1 else (seed, number + 1)
-        parts.append(_rows(corpus, part.train, data, context_length, own_seed))
+        parts.append(_rows(corpus, part.train, data, context_length, own_seed, everywhere and corpus.kind == "text_label"))
         if not parts[-1].enough:
             raise UserError(_too_little(f"the training part of {part.name}", parts[-1]))
     weights = [part.weight for part in corpus.parts]
@@ -323,7 +330,9 @@ def held_out_windows(tokens: TokenArray, context_length: int, limit: int | None 
     return np.linspace(0, windows - 1, keep).round().astype(np.int64) * context_length
 
 
-def _rows(corpus: Corpus, split: Split, data: DataConfig, context_length: int, seed: tuple[int, ...]) -> TextWindows | ExampleRows:
+def _rows(
+    corpus: Corpus, split: Split, data: DataConfig, context_length: int, seed: tuple[int, ...], everywhere: bool = False
+) -> TextWindows | ExampleRows:
     texts = [part.name for part in corpus.parts if part.train.labels is None]
     examples = [part.name for part in corpus.parts if part.train.labels is not None]
     if texts and examples:
@@ -333,7 +342,7 @@ def _rows(corpus: Corpus, split: Split, data: DataConfig, context_length: int, s
     if split.labels is None:
         return TextWindows(split, context_length, seed, data.document_mask)
     shifted, paired = corpus.kind in ("language_model", "preference"), corpus.kind == "preference"
-    return ExampleRows(split, context_length, seed, shifted, data.packing == "best_fit", paired)
+    return ExampleRows(split, context_length, seed, shifted, data.packing == "best_fit", paired, everywhere)
 
 
 def _too_little(what: str, rows: TextWindows | ExampleRows) -> str:

@@ -23,14 +23,17 @@ def describe_tokenizer(config: TokenizerConfig, tokenizer: Tokenizer) -> dict[st
     return asdict(config) | {"vocab_size": tokenizer.vocab_size, "hash": tokenizer.fingerprint()}
 
 
-def describe_preparation(data: DataConfig) -> dict[str, Any]:
-    """What was done to the documents before they became ids."""
+def describe_preparation(data: DataConfig, holdout_by: str) -> dict[str, Any]:
+    """What was done to the documents of a source before they became ids; `holdout_by`: of the source."""
     return {
-        "holdout": data.holdout, "min_characters": data.min_characters, "deduplicate": data.deduplicate, "redact": sorted(data.redact),
+        "holdout": data.holdout, "holdout_by": holdout_by, "min_characters": data.min_characters, "deduplicate": data.deduplicate,
+        "redact": sorted(data.redact),
     }  # fmt: skip
 
 
-def describe_part(source: dict[str, Any], data: DataConfig, index: Index, counts: Counter[str], report: ReadReport) -> dict[str, Any]:
+def describe_part(
+    source: dict[str, Any], data: DataConfig, holdout_by: str, index: Index, counts: Counter[str], report: ReadReport
+) -> dict[str, Any]:
     """One source: what it says of itself, how it was prepared, what came of it."""
     splits = {
         split: {"documents": index.documents[split], "tokens": sum(index.tokens[split]), "bytes": index.bytes[split]} for split in SPLITS
@@ -38,7 +41,7 @@ def describe_part(source: dict[str, Any], data: DataConfig, index: Index, counts
     tokens, size = sum(s["tokens"] for s in splits.values()), sum(s["bytes"] for s in splits.values())
     return source | {
         "fingerprint": index.source,
-        "prepared": describe_preparation(data),
+        "prepared": describe_preparation(data, holdout_by),
         "splits": splits,
         "bytes_per_token": round(size / tokens, 4) if tokens and index.kind == "text" else None,  # bytes of examples are of what is learned
         "counts": {

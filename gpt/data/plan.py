@@ -146,7 +146,7 @@ def make_plan(
 
 def _source_key(config: SourceConfig, fingerprint: str) -> str:
     fields = {name: theirs for name, theirs in asdict(config.fields).items() if name not in BESIDE_FIELDS}
-    return hash_of([config.source, config.config, config.split, fields, fingerprint])
+    return hash_of([config.source, config.config, config.split, fields, fingerprint, *([config.holdout_by] if config.holdout_by else [])])
 
 
 def _recognise(sources: list[Source], examples: ExampleSettings | None, skip: bool) -> tuple[list[str], str, list[str]]:

@@ -323,7 +323,7 @@ class _Build:
                 self.index.files[name] = checksum(self.directory / name)
         cut = [f"{n:,} {_CUT[name]}" for name in _CUT if (n := self.counts.get(name, 0))]
         self.index.notes += [f"of the examples {', '.join(cut)}"] if cut else []
-        description = describe_part(self.part.source.describe(), self.data, self.index, self.counts, report)
+        description = describe_part(self.part.source.describe(), self.data, self.part.config.holdout_by, self.index, self.counts, report)
         write_json(self.directory / "manifest.json", description)
         self.index.files["manifest.json"] = checksum(self.directory / "manifest.json")
         mark_verified(self.directory, self.index)

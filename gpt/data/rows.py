@@ -12,6 +12,7 @@ from typing import Any
 
 from gpt.data.config import BESIDE_FIELDS, FieldNames, SourceConfig
 from gpt.data.files import FileReader, StoredFile, one_line
+from gpt.data.formats import brief
 from gpt.data.sources import FileSource, OnError, ReadReport, Row
 from gpt.errors import UserError
 from gpt.typed import nearest, shown
@@ -28,14 +29,16 @@ class RowReader:
     """Makes rows of the values that a file or dataset has, under our names.
 
     Args:
-        fields: what the fields are called there.
+        config: what the fields are called there, and by which of them rows are held out.
         on_error: what to do with a row that is not what it should be.
         key: that names the source, for messages: data.paths, data.name.
     """
 
-    def __init__(self, fields: FieldNames, on_error: OnError, key: str = "data.paths"):
-        self.names, self.on_error, self.key = {ours: str(theirs) for ours, theirs in vars(fields).items()}, on_error, key
-        self._renamed = {ours: theirs for ours, theirs in self.names.items() if theirs != getattr(FieldNames(), ours)}
+    def __init__(self, config: SourceConfig, on_error: OnError, key: str = "data.paths"):
+        self.names, self.on_error, self.key = {ours: str(theirs) for ours, theirs in vars(config.fields).items()}, on_error, key
+        self._group = config.holdout_by
+        renamed = {f"fields.{ours}": theirs for ours, theirs in self.names.items() if theirs != getattr(FieldNames(), ours)}
+        self._named = renamed | ({"holdout_by": self._group} if self._group else {})
 
     def check_columns(self, columns: list[str], place: str) -> list[str]:
         """Those of the columns that are read.
@@ -43,20 +46,19 @@ class RowReader:
         Raises:
             UserError: none is, or one that the config names is not there.
         """
-        for ours, theirs in self._renamed.items():
+        for key, theirs in self._named.items():
             if theirs not in columns:
                 guess = nearest(theirs, columns) or "."
-                raise UserError(f"data.fields.{ours}={theirs}: {place} has no such column{guess} There are: {shown(columns)}")
-        read = [c for c in columns if c in self.names.values()]
-        if not read:
+                raise UserError(f"data.{key}={theirs}: {place} has no such column{guess} There are: {shown(columns)}")
+        if not any(c in self.names.values() for c in columns):
             raise UserError(f"{self.key}: {place} {self._lacks('column', columns)}")
-        return read
+        return [c for c in columns if c in self.names.values() or c == self._group]
 
     def row(self, name: str, place: str, values: dict[str, Any], report: ReadReport) -> Row | None:
         """The row, or None for one that is left out.
 
         Raises:
-            UserError: it has none of the fields, or is nested too deep, and is not to be left out.
+            UserError: it has none of the fields, or is nested too deep, or nothing says what it belongs to, and is not to be left out.
         """
         replaced: list[str] = []
         try:
@@ -71,7 +73,15 @@ class RowReader:
             if self.on_error == "raise":
                 raise UserError(f"{self.key}: {place} has characters that are no Unicode text (data.on_error=skip replaces them)")
             report.invalid(name, len(replaced))
-        return Row(name, place, found)
+        group = None
+        if self._group:
+            value = _clean(values.get(self._group), replaced)
+            if not isinstance(value, (str, int, float)):
+                there = "has no such field" if value is None else f"has {brief(value)} there, which is no text or number"
+                self.refuse(f"{place} {there}; data.holdout_by={self._group} asks every row what it belongs to", report)
+                return None
+            group = str(value)
+        return Row(name, place, found, group=group)
 
     def refuse(self, problem: str, report: ReadReport) -> None:
         """Stop because of a row, or count it."""
@@ -118,7 +128,7 @@ class JsonlSource(FileSource):
 
     def __init__(self, config: SourceConfig, files: list[StoredFile], on_error: OnError):
         super().__init__(config, files, on_error)
-        self._reader = RowReader(config.fields, on_error)
+        self._reader = RowReader(config, on_error)
 
     def _read(self, file: StoredFile, report: ReadReport, position: dict[str, Any]) -> Iterator[Row]:
         offset, number, met = position.get("bytes", 0), position.get("line", 0), "bytes" in position
@@ -201,7 +211,7 @@ class ParquetSource(FileSource):
 
     def __init__(self, config: SourceConfig, files: list[StoredFile], on_error: OnError):
         super().__init__(config, files, on_error)
-        self._reader = RowReader(config.fields, on_error)
+        self._reader = RowReader(config, on_error)
 
     def _read(self, file: StoredFile, report: ReadReport, position: dict[str, Any]) -> Iterator[Row]:
         number = position.get("row", 0)

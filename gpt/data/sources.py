@@ -31,12 +31,19 @@ class Row:
         place: where it was found, for messages: `/x/rows.jsonl, line 17`.
         values: its fields under our names (`FieldNames`); other fields of the row are dropped.
         piece: a text file over PIECE_BYTES comes as several rows of one name, numbered from 0.
+        group: what data.holdout_by says that it belongs to; None: it stands for itself.
     """
 
     name: str
     place: str
     values: dict[str, Any]
     piece: int = 0
+    group: str | None = None
+
+    @property
+    def held_out_key(self) -> str:
+        """Whose hash decides whether the row is held out."""
+        return self.name if self.group is None else self.group
 
 
 @dataclass

@@ -69,7 +69,7 @@ def prepare_streams(
     described = [
         part.source.describe()
         | {"name": part.source.name, "weight": part.weight, "fingerprint": part.fingerprint, "streamed": True}
-        | {"prepared": describe_preparation(data)}
+        | {"prepared": describe_preparation(data, part.config.holdout_by)}
         for part in plan.parts
     ]
     manifest = combine(described, describe_tokenizer(tokenizer, plan.tokenizer), "text", [])
@@ -86,7 +86,7 @@ def _held_out_rows(source: StreamedSource, part: PartPlan) -> StreamedSource:
     """The source for its held-out documents alone: the others, most of them, need not be cut into ids to find those."""
     if part.hold_out.within:
         return source
-    return replace(source, encode=lambda rows: source.encode([row for row in rows if part.hold_out(row.name)]))
+    return replace(source, encode=lambda rows: source.encode([row for row in rows if part.hold_out(row.held_out_key)]))
 
 
 def _encode(encoder: TextEncoder, data: DataConfig, rows: Sequence[Row]) -> list[Encoded]:

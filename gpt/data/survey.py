@@ -1,8 +1,8 @@
 """A first look at a source, at most some 256 MB: how it is divided into training and held-out text, and a sample for a tokenizer.
 
-Held-out documents are chosen by a hash of their names, so adding a file never moves another across the border. A corpus of few
-documents is cut within the documents instead, or chance would decide how much is held out, if anything; examples, which cannot be
-cut, go by the order of hashes."""
+Held-out documents are chosen by a hash of their names, or of what data.holdout_by says that they belong to, so adding a file never moves
+another across the border. A corpus of few documents is cut within the documents instead, or chance would decide how much is held out, if
+anything; examples, which cannot be cut, and groups go by the order of hashes."""
 
 from __future__ import annotations
 
@@ -141,6 +141,7 @@ def survey(source: Source, holdout: float, characters: int, examples: bool = Fal
     by_name, within = HoldOut(holdout, False, holdout), HoldOut(holdout, True, 0.0)
     whole_texts, cut_texts = Sample(characters), Sample(characters)
     few: list[tuple[str, str]] = []
+    groups: set[str] = set()
     documents = read = 0
     whole = True
     report = ReadReport()
@@ -149,33 +150,36 @@ def survey(source: Source, holdout: float, characters: int, examples: bool = Fal
             continue
         text = texts_of(row) if examples else text_of(row)
         read += len(text)
-        if row.piece == 0 and text.strip():
+        if row.piece == 0 and text.strip() and row.group not in groups:
             documents += 1
-        if not by_name(row.name):
+            if row.group is not None:
+                groups.add(row.group)
+        if not by_name(row.held_out_key):
             whole_texts.add(text)
         if documents < enough:
-            few.append((row.name, text if examples else ""))
-            if not examples:
+            whole_rows = examples or row.group is not None
+            few.append((row.held_out_key, text if whole_rows else ""))
+            if not whole_rows:
                 cut_texts.add(within.cut(text)[0])
         elif few:
             few, cut_texts = [], Sample(0)
         if read >= SURVEY_CHARACTERS or (not characters and documents >= enough and len(whole_texts.check) >= CHECK_CHARACTERS):
             whole = False
             break
-    if not whole and source.size is not None and source.size > read:
+    if not whole and not groups and source.size is not None and source.size > read:
         documents = round(documents * source.size / read)  # about as many as there are
     if not documents and not examples:
         left_out = [f"{n} {what}" for n, what in ((report.empty_files, "empty"), (report.binary_files, "binary")) if n]
         raise UserError(f"data: there is no text in {source.place}" + f" ({', '.join(left_out)})" * bool(left_out))
     if documents * min(holdout, 1 - holdout) >= MIN_FILES_PER_SIDE:
         return Survey(by_name, whole_texts, whole)
-    if not examples:
+    if not examples and not groups:
         return Survey(within, cut_texts, whole)
-    ordered = sorted(few, key=lambda item: name_hash(item[0]))
+    ordered = sorted(name_hash(key) for key in dict(few))
     held = max(1, round(len(ordered) * holdout))
-    border = (name_hash(ordered[held - 1][0]) + name_hash(ordered[held][0])) / 2 if held < len(ordered) else 1.0
+    border = (ordered[held - 1] + ordered[held]) / 2 if held < len(ordered) else 1.0
     few_texts = Sample(characters)
-    for name, text in few:
-        if name_hash(name) >= border:
+    for key, text in few:
+        if name_hash(key) >= border:
             few_texts.add(text)
     return Survey(HoldOut(holdout, False, border), few_texts, whole)

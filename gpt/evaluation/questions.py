@@ -123,7 +123,7 @@ def _rows(source: Source, data: DataConfig, held_out: bool, report: ReadReport) 
     redactor = Redactor(data.redact)
     for batch in Reader(source.rows(report), report, data.min_characters, seen, examples=True, skip=skip):
         for row in batch.rows:
-            if hold_out is None or hold_out(row.name):
+            if hold_out is None or hold_out(row.held_out_key):
                 yield redactor.row(row, Counter())
 
 

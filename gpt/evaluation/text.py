@@ -69,7 +69,7 @@ def _read_source(source: Source, data: DataConfig, held_out: bool, report: ReadR
             text = redactor.text(row.values["text"], counts)
             if hold_out is not None and hold_out.within:
                 texts += [end for end in hold_out.cut(text)[1:] if end]
-            elif hold_out is None or hold_out(row.name):
+            elif hold_out is None or hold_out(row.held_out_key):
                 if row.piece:
                     texts[-1] += text
                 else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gpt.compose import load_run, refuse_no_run
 from gpt.data.tokenizer import Tokenizer, load_tokenizer
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
+from gpt.model.heads import adopt
 from gpt.model.huggingface import read_config
 from gpt.model.lora import merge
 from gpt.model.peft_files import base_of, is_adapter_folder, load_adapter
@@ -77,6 +78,7 @@ def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tupl
         except ValueError as error:
             raise UserError(f"{key}={path}: {error}") from error
         shape, tokenizer = read_shape(base, allow_pickle, f"{key}={path}: its base")
+        shape = _with_its_head(shape, run)
         if not _has_tokenizer(directory):
             return shape, tokenizer
         check_rows(shape.vocab_size, load_tokenizer(directory), f"{key}={path}")
@@ -186,16 +188,28 @@ def _from_adapter(
     """An adapter in PEFT's format, merged into its base."""
     try:
         base = load_model(base_of(directory), device, dtype, allow_pickle, f"{what}: its base")
-        load_adapter(base.model, directory, allow_pickle)
+        model = base.model
+        if (shape := _with_its_head(model.config, run)) != model.config:
+            model = GPT.materialise(shape, device, model.embeddings.tokens.weight.dtype)
+            adopt(model, shape, base.model, base.model.config)
+        load_adapter(model, directory, allow_pickle)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{what}: {error}") from error
-    merge(base.model)
-    base.model.requires_grad_(True)
+    merge(model)
+    model.requires_grad_(True)
     tokenizer = load_tokenizer(directory) if _has_tokenizer(directory) else base.tokenizer
     ends = base.end_ids if tokenizer is base.tokenizer else base.end_ids | _end_ids(directory, tokenizer)
-    return Loaded(base.model.eval(), tokenizer, frozenset(ends), directory, run)
+    return Loaded(model.eval(), tokenizer, frozenset(ends), directory, run)
+
+
+def _with_its_head(shape: GPTConfig, run: Path | None) -> GPTConfig:
+    """The shape of an adapter's base with the head that its run put on it: PEFT's files hold its weights, but not what its classes are."""
+    own = load_run(run).model if run is not None else shape
+    if own.head == shape.head:
+        return shape
+    return replace(shape, head=own.head, classes=own.classes, tie_embeddings=False)
 
 
 def _has_tokenizer(directory: Path) -> bool:

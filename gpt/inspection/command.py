@@ -49,7 +49,7 @@ def inspect(config: InspectConfig) -> int:
         settings = ExampleSettings(data.format, config.loss_on, data.too_long, config.context_length, data.labels)
     corpus = prepare_corpus(config.data, tokenizer, config.context_length, _say, settings)
     n = config.n + config.n % 2 if corpus.kind == "preference" else config.n  # a pair is two rows
-    batches = build_batches(corpus, config.data, config.context_length, n, config.seed)
+    batches = build_batches(corpus, config.data, config.context_length, n, config.seed, config.loss_on == "all")
     names_classes = bool(corpus.classes)
     rows = read_rows(batches.batch(config.step), corpus.tokenizer, corpus.classes if names_classes else None, n)
     print_rows(rows, _console(), _noun(corpus), names_classes)

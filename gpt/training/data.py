@@ -137,7 +137,7 @@ def open_training_data(config: RunConfig, sequences: int, say: Callable[[str], N
         if config.on_examples:
             examples = ExampleSettings(data.format, config.loss_on, data.too_long, length, _classes_in_order(config))
         corpus = prepare_corpus(data, config.tokenizer, length, say, examples)
-        batches = build_batches(corpus, data, length, sequences, config.seed)
+        batches = build_batches(corpus, data, length, sequences, config.seed, config.loss_on == "all")
         fingerprint = corpus.fingerprint
     template, is_ours = chat_template_for(corpus.tokenizer)
     if is_ours and config.on_examples and _holds_conversations(data):

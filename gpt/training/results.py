@@ -90,9 +90,10 @@ def write_results(
     elif held_out.pairs:
         ahead, margin = held_out.more["reward_accuracy"], held_out.more["reward_margin"]
         measured = f" ({held_out.pairs:,}): the chosen one gained more in {ahead:.1%} (reward accuracy), reward margin {margin:.3f}"
+    counted = "token" if config.loss_on == "all" else unit  # of texts with a class, too, each token is then a target
     beside = "".join(f"{name}: {figure:.2f}, " for name, figure in compressed.items())
     say(
-        f"\n{state.step} steps, {_amount(state.tokens, unit)} in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
+        f"\n{state.step} steps, {_amount(state.tokens, counted)} in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
         f"\ntime: {_shares(spent)}"
         f"{_memory(metrics, capacity)}"
         f"{_answers(metrics, state.best_step)}"

@@ -184,7 +184,7 @@ class TestWhatIsLearned:
     def test_loss_on_what_a_format_does_not_have(self, folder):
         for format, loss_on, there in (
             ("prompt_completion", "assistant", "auto, completion, all"), ("messages", "completion", "auto, assistant, all"),
-            ("text", "completion", "auto, all"), ("text_label", "all", "auto"), ("tokens_tags", "assistant", "auto"),
+            ("text", "completion", "auto, all"), ("text_label", "assistant", "auto, all"), ("tokens_tags", "assistant", "auto"),
         ):  # fmt: skip
             with pytest.raises(UserError, match=f"^loss_on={loss_on} is not for rows of {format}; there are: {there}$"):
                 ExampleEncoder(str(folder), ExampleSettings(loss_on=loss_on), format, [])

@@ -12,6 +12,7 @@ from gpt.data.batches import join
 from gpt.data.encoded import IGNORE_LABEL
 from gpt.data.loader import ExampleRows, RowBatches, TextWindows, build_batches, held_out_batches, held_out_windows, take, take_windows
 from gpt.data.packing import best_fit
+from gpt.data.shards import Split, TokenArray
 from gpt.errors import UserError
 
 
@@ -168,6 +169,24 @@ class TestPure:
     def test_ranks_that_cannot_share_a_batch(self, name):
         with pytest.raises(ValueError, match="5 ranks cannot share the 12 sequences"):
             self.build(name).batch(0, 0, 5)
+
+
+def test_every_token_of_a_text_can_be_told_its_class():
+    lengths = [3, 9, 16, 1, 7]
+    plain = examples(lengths)
+    labels = np.full(sum(lengths), IGNORE_LABEL, np.int32)
+    labels[np.cumsum(lengths) - 1] = range(5)
+    made = corpus(Split(plain.tokens, plain.documents, TokenArray([labels])), kind="text_label")
+    batches = build_batches(made, settings(), 16, 3, 1, everywhere=True)
+    learned = batches.batch(0).targets
+    assert [int((learned == number).sum()) for number in range(5)] == lengths
+    assert torch.equal(learned >= 0, batches.batch(0).tokens > 0)
+    assert batches.tokens_per_epoch == sum(lengths)
+    usual = build_batches(made, settings(), 16, 3, 1).batch(0)
+    (held_out,) = held_out_batches(made, settings(), 16, 3, None)
+    for at_last in (usual.targets, held_out.targets):
+        assert sorted(at_last[at_last >= 0].tolist()) == list(range(5))
+    assert torch.equal(usual.tokens, batches.batch(0).tokens)
 
 
 class TestExamples:

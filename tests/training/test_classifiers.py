@@ -307,3 +307,26 @@ def test_adapters_train_beside_the_new_head(config_of):
     with torch.no_grad():
         assert (made["model"].eval()(**read).logits - stock(**read).logits).abs().max() < 1e-5
     assert load_model(str(run)).model.config.classes == ["animal", "fruit", "tool"]
+
+    tokens = torch.tensor([load_model(str(run)).tokenizer.encode("I saw a hammer")])
+    merged, adapter = (load_model(str(run / name)).model for name in ("model", "adapter"))
+    assert adapter.config == merged.config
+    with torch.no_grad():
+        assert (adapter(tokens) - merged(tokens)).abs().max() < 1e-5
+    further = config_of(THINGS, "run.id=further", f"init={run / 'adapter'}", "train.budget=1steps", "optimizer.lr=1e-6", "data.holdout=0.2")
+    assert further.model.classes == ["animal", "fruit", "tool"]
+    assert validations(Trainer(further).fit().run_directory)[-1]["val_accuracy"] == pytest.approx(
+        validations(run)[-1]["val_accuracy"], abs=0.05
+    )
+
+
+@pytest.mark.usefixtures("no_report")
+def test_every_token_may_be_asked_and_the_last_is_measured(config_of, capsys):
+    config = config_of(THINGS, *LEARN, "loss_on=all")
+    result = Trainer(config).fit()
+    assert result.held_out is not None
+    scores = result.held_out.scores
+    assert scores is not None
+    assert scores.count == len(held_out(config))
+    assert scores.accuracy > 0.9
+    assert re.search(r"40 steps, [\d.]+M tokens in", capsys.readouterr().err)
