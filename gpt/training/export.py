@@ -21,7 +21,7 @@ from gpt.model.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt.training.adapters import write_adapter
 from gpt.training.checkpoint import STATE, TrainingState, read_state
 from gpt.training.metrics import read_metrics
-from gpt.training.report import Summary, unit_of
+from gpt.training.report import Summary, counted_of, unit_of
 
 AUTO_CLASSES = {
     "language_model": "AutoModelForCausalLM", "sequence": "AutoModelForSequenceClassification", "tokens": "AutoModelForTokenClassification",
@@ -126,7 +126,7 @@ def _card(loaded: Loaded, adapter: bool = False) -> str | None:
         model=f"{loaded.model.num_parameters() / 1e6:.2f}M parameters, {config.model.stock_architecture()} shape",
         steps=state.step, tokens=state.tokens, seconds=state.seconds, tokens_per_second=0.0, best_val_loss=loss, best_step=None,
         val_bpb=None, gzip_bpb=None, xz_bpb=None, skipped_steps=state.skipped_steps, finished=False,
-        unit=unit_of(config.model.head),
+        unit=unit_of(config.model.head), counted=counted_of(config.model.head, config.loss_on),
     )  # fmt: skip
     return model_card(config, summary, adapter=adapter)
 

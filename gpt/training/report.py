@@ -45,6 +45,7 @@ from gpt.training.run_record import RunRow, count_parameters, describe_run, flat
 
 NAME = "report.html"
 RELOAD_SECONDS = 30
+Unit = Literal["token", "example", "word"]
 SCORES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "span_f1": "Span F1"}  # of a classifier
 ANSWER_FIGURES = ("exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "chrf", "bleu")
 PARTS = ("data", "forward", "backward", "optimizer", "other")  # of a step
@@ -69,7 +70,7 @@ class Summary:
     title: str  # the run id
     model: str  # for people, such as "nano, 2.2M parameters, Qwen3 shape"
     steps: int
-    tokens: int  # trained on
+    tokens: int  # trained on, or whatever else is `counted`
     seconds: float  # of training
     tokens_per_second: float
     best_val_loss: float | None  # nats per token
@@ -80,7 +81,8 @@ class Summary:
     skipped_steps: int  # without an update
     finished: bool  # False: interrupted
     held_out: str = "held-out text"  # what the bits per byte are of
-    unit: Literal["token", "example", "word"] = "token"  # what has one target
+    unit: Unit = "token"  # what has one target where it is measured
+    counted: Unit = "token"  # and where it is trained
     scores: dict[str, float] = field(default_factory=dict)  # of a classifier on what was held out: accuracy, macro_f1, span_f1
     reward_accuracy: float | None = None  # on held-out pairs of preference, instead of bits per byte
 
@@ -124,14 +126,15 @@ def write_live_report(run_directory: Path, stopped: bool = False) -> Path:
     run, path = describe_run(run_directory), run_directory / NAME
     if run.state == "finished" and path.is_file():
         return path
-    lines = _by_step(read_metrics(run_directory / "metrics.jsonl"))
+    lines, keys = _by_step(read_metrics(run_directory / "metrics.jsonl")), flat(run.config)
     rates = [line["tokens_per_second"] for line in lines if is_finite(line.get("tokens_per_second"))]
     skipped = [line["skipped_steps"] for line in lines if is_finite(line.get("skipped_steps"))]
     summary = Summary(
         title=run.id, model=_model(run), steps=run.step, tokens=run.tokens, seconds=run.seconds,
         tokens_per_second=statistics.median(rates) if rates else 0.0, best_val_loss=run.best_val_loss, best_step=run.best_step,
         val_bpb=run.val_bpb, gzip_bpb=None, xz_bpb=None, skipped_steps=int(skipped[-1]) if skipped else 0, finished=run.state == "finished",
-        held_out="the validation text", unit=unit_of(flat(run.config).get("model.head")), scores=_latest_scores(lines),
+        held_out="the validation text", unit=unit_of(keys.get("model.head")),
+        counted=counted_of(keys.get("model.head"), keys.get("loss_on")), scores=_latest_scores(lines),
     )  # fmt: skip
     if run.state == "running" and not stopped:
         return _write(run_directory, [], summary, lines, _progress(run, lines), live=True)
@@ -225,9 +228,14 @@ def main(arguments: list[str]) -> None:
     print(f"{time.process_time():.2f}")
 
 
-def unit_of(head: str | None) -> Literal["token", "example", "word"]:
+def unit_of(head: str | None) -> Unit:
     """What has one target, for a model with this head."""
     return "example" if head == "sequence" else "word" if head == "tokens" else "token"
+
+
+def counted_of(head: str | None, loss_on: str | None) -> Unit:
+    """What has one target in training: of a text with a class it may be each token."""
+    return "token" if head == "sequence" and loss_on == "all" else unit_of(head)
 
 
 def _latest_scores(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -344,14 +352,14 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     result = [
         *first,
         ("Best validation loss", figure(summary.best_val_loss, ".3f"), best_note),
-        (f"{summary.unit.capitalize()}s", short(summary.tokens), count(summary.steps, "step")),
+        (f"{summary.counted.capitalize()}s", short(summary.tokens), count(summary.steps, "step")),
         ("Training time", duration(summary.seconds), f"{milliseconds:,.{0 if milliseconds >= 10 else 2}f} ms a step"),
         ("Tokens per second", figure(summary.tokens_per_second, ",.0f"), "over the run"),
     ]
     if found := re.search(r"(\d[\d,]*\.?\d*) ?([KMBT]?) parameters", summary.model, re.IGNORECASE):
         size = float(found[1].replace(",", "")) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2].upper()]
         result.append(
-            ("Parameters", found[1] + found[2], f"{summary.tokens / size:,.1f} tokens each" if size and summary.unit == "token" else "")
+            ("Parameters", found[1] + found[2], f"{summary.tokens / size:,.1f} tokens each" if size and summary.counted == "token" else "")
         )
     return result
 

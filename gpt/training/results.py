@@ -25,7 +25,7 @@ from gpt.training.classes import class_lines, class_samples, confusion_chart, sa
 from gpt.training.data import TrainingData
 from gpt.training.export import describe_corpus, model_card
 from gpt.training.metrics import read_metrics
-from gpt.training.report import ANSWER_FIGURES, Sample, Summary, unit_of, write_report
+from gpt.training.report import ANSWER_FIGURES, Sample, Summary, counted_of, unit_of, write_report
 from gpt.training.run_directory import RunDirectory
 
 _SAMPLES = 3  # held-out prompts to continue where the config names none
@@ -54,7 +54,7 @@ def write_results(
     """
     trained, model = model, merged(model)
     metrics = read_metrics(directory.metrics)
-    scores, unit = held_out.scores, unit_of(data.head)
+    scores, unit, counted = held_out.scores, unit_of(data.head), counted_of(data.head, config.loss_on)
     compressed = {} if data.on_examples else _compressed(config, data)
     rates = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
     last = next((line["val_loss"] for line in reversed(metrics) if "val_loss" in line), None)
@@ -67,7 +67,7 @@ def write_results(
         best_val_loss=state.best_val_loss, best_step=state.best_step,
         val_bpb=None if scores or held_out.pairs else held_out.bits_per_byte,
         gzip_bpb=compressed.get("gzip -9"), xz_bpb=compressed.get("xz -9e"),
-        skipped_steps=state.skipped_steps, finished=True, held_out=what, unit=unit,
+        skipped_steps=state.skipped_steps, finished=True, held_out=what, unit=unit, counted=counted,
         scores=scores.figures() if scores else {}, reward_accuracy=held_out.more.get("reward_accuracy"),
     )  # fmt: skip
     corpus = describe_corpus(data.manifest)
@@ -90,10 +90,10 @@ def write_results(
     elif held_out.pairs:
         ahead, margin = held_out.more["reward_accuracy"], held_out.more["reward_margin"]
         measured = f" ({held_out.pairs:,}): the chosen one gained more in {ahead:.1%} (reward accuracy), reward margin {margin:.3f}"
-    counted = "token" if config.loss_on == "all" else unit  # of texts with a class, too, each token is then a target
     beside = "".join(f"{name}: {figure:.2f}, " for name, figure in compressed.items())
     say(
-        f"\n{state.step} steps, {_amount(state.tokens, counted)} in {state.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
+        f"\n{state.step} steps, {_amount(state.tokens, counted, data.on_examples)} in {state.seconds:.0f} s "
+        f"({summary.tokens_per_second:,.0f} tokens/s{' read' if data.on_examples else ''})"
         f"\ntime: {_shares(spent)}"
         f"{_memory(metrics, capacity)}"
         f"{_answers(metrics, state.best_step)}"
@@ -106,8 +106,10 @@ def write_results(
     )
 
 
-def _amount(targets: int, unit: str) -> str:
-    return f"{targets / 1e6:.2f}M tokens" if unit == "token" else f"{targets:,} {unit}s"
+def _amount(targets: int, unit: str, on_examples: bool) -> str:
+    """How much was learned from; of an example that is often a small part, while tokens/s counts all that was read."""
+    amount = f"{targets / 1e6:.2f}M" if unit == "token" and targets >= 100_000 else f"{targets:,}"
+    return f"{amount} {unit}s{' learned' if on_examples and unit == 'token' else ''}"
 
 
 def _try_classifier(directory: RunDirectory, data: TrainingData) -> str:

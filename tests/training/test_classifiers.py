@@ -329,4 +329,4 @@ def test_every_token_may_be_asked_and_the_last_is_measured(config_of, capsys):
     assert scores is not None
     assert scores.count == len(held_out(config))
     assert scores.accuracy > 0.9
-    assert re.search(r"40 steps, [\d.]+M tokens in", capsys.readouterr().err)
+    assert re.search(r"40 steps, [\d,.]+M? tokens learned in", capsys.readouterr().err)
