@@ -209,6 +209,8 @@ class Stream:
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.device = torch.device("neuron", 0)
+        kind = torch._C._autograd.DeviceType.PrivateUse1  # type: ignore[attr-defined]
+        self.stream_id, self.device_index, self.device_type = 0, 0, kind.value  # as of a torch.Stream
 
     def __enter__(self) -> Stream:
         return self

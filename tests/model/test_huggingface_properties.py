@@ -157,7 +157,7 @@ def test_exports_compute_the_same_logits_loss_and_gradients(examples):
     check()
     assert families == {"GPT2", "Llama", "Qwen2", "Qwen3", "GPTNeoX"}
     assert len(refused) < 0.2 * len(tried), f"{len(refused)} of {len(tried)} drawn configs are refused"
-    assert refused
+    assert refused or examples < 200  # few are
 
 
 def test_the_comparison_would_see_a_gradient_out_of_place():
