@@ -16,7 +16,7 @@ from tests.training.test_processes import assert_same_losses, curve, launch
 
 COMMON = ["data.packing=none", "train.batch_tokens=1024", "train.micro_batch=2", "train.eval_every=3", "train.budget=6steps"]
 
-pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def made(folder: Path, init: Path, *overrides: str) -> RunConfig:

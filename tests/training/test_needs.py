@@ -13,7 +13,7 @@ from gpt.training.trainer import Trainer
 from tests.finetuning.test_preference_runs import PAIRS
 from tests.training.finetuning import SUMS, finetune_config, write_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compositions", "no_report")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def own_bytes(beside: nn.Module, model: nn.Module) -> int:
