@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """The `gpt` console script: `main`, then the end of the process, also while a compilation goes on in the background."""
+    warnings.formatwarning = _warning
     code = main()
     if threading.active_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+_pythons_warning = warnings.formatwarning
+
+
+def _warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Our own warnings in a line, as all that a command says; others' as Python shows them, with their place."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"gpt: warning: {message}\n"
+    return _pythons_warning(message, category, filename, lineno, line)
 
 
 def _dispatch(arguments: list[str]) -> int:

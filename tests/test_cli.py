@@ -17,7 +17,7 @@ from bad_input import BAD_INPUT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, cli
 from gpt.cli import main
 from gpt.commands import COMMANDS, GenerateConfig, PrepareConfig
 from gpt.compose import compose_run, compose_use
@@ -462,3 +462,10 @@ def test_an_overlay_cannot_take_a_built_in_name(tmp_path):
     folder = overlay(tmp_path, model__gpt2="n_layer: 1")
     with pytest.raises(UserError, match=r"model/gpt2\.yaml has the name of a built-in option"):
         compose_run("pretrain", [], folder)
+
+
+def test_a_warning_of_ours_is_one_line_and_others_keep_their_place():
+    ours = cli._warning("careful", UserWarning, str(Path(cli.__file__).parent / "inference" / "x.py"), 1)
+    assert ours == "gpt: warning: careful\n"
+    for category, place in ((UserWarning, "elsewhere/x.py"), (DeprecationWarning, cli.__file__)):
+        assert cli._warning("careful", category, place, 1).startswith(f"{place}:1: {category.__name__}: careful\n")
