@@ -70,7 +70,7 @@ class Summary:
     title: str  # the run id
     model: str  # for people, such as "nano, 2.2M parameters, Qwen3 shape"
     steps: int
-    tokens: int  # trained on, or whatever else is `counted`
+    tokens: int  # trained on
     seconds: float  # of training
     tokens_per_second: float
     best_val_loss: float | None  # nats per token
@@ -81,10 +81,10 @@ class Summary:
     skipped_steps: int  # without an update
     finished: bool  # False: interrupted
     held_out: str = "held-out text"  # what the bits per byte are of
-    unit: Unit = "token"  # what has one target where it is measured
-    counted: Unit = "token"  # and where it is trained
+    unit: Unit = "token"  # what has one target
     scores: dict[str, float] = field(default_factory=dict)  # of a classifier on what was held out: accuracy, macro_f1, span_f1
     reward_accuracy: float | None = None  # on held-out pairs of preference, instead of bits per byte
+    counted: Unit = "token"  # what has one target in training: `tokens` is of these
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from gpt.training.report import Sample, Summary, write_live_report, write_report
 
 SUMMARY = Summary(
     "r", "1.00M parameters", 3, 60, 2.0, 100.0, 0.5, 3, None, None, None, 0, True, "held-out examples", "example",
-    {"accuracy": 0.75, "macro_f1": 0.5},
+    {"accuracy": 0.75, "macro_f1": 0.5}, counted="example",
 )  # fmt: skip
 
 
@@ -67,6 +68,9 @@ def test_the_page_of_a_classifier(tmp_path):
     assert "<dt>Examples</dt>" in page
     assert "Bits per byte" not in page
     assert "tokens each" not in page
+    page = write_report(tmp_path, [], replace(SUMMARY, counted="token")).read_text()  # loss_on=all: learned at every token
+    assert "<dt>Tokens</dt>" in page
+    assert "loss, nats per example" in page
 
 
 def test_the_page_of_a_classifier_that_still_learns(tmp_path):
