@@ -359,7 +359,7 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     if found := re.search(r"(\d[\d,]*\.?\d*) ?([KMBT]?) parameters", summary.model, re.IGNORECASE):
         size = float(found[1].replace(",", "")) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2].upper()]
         result.append(
-            ("Parameters", found[1] + found[2], f"{summary.tokens / size:,.1f} tokens each" if size and summary.counted == "token" else "")
+            ("Parameters", found[1] + found[2], f"{summary.tokens / size:,.1f} tokens each" if size and summary.unit == "token" else "")
         )
     return result
 

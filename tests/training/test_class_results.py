@@ -70,6 +70,7 @@ def test_the_page_of_a_classifier(tmp_path):
     assert "tokens each" not in page
     page = write_report(tmp_path, [], replace(SUMMARY, counted="token")).read_text()  # loss_on=all: learned at every token
     assert "<dt>Tokens</dt>" in page
+    assert "tokens each" not in page
     assert "loss, nats per example" in page
 
 
