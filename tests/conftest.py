@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 import gpt.compose
-import gpt.inference.native_library
+import gpt.model.native_library
 from tests.compositions import compose_once
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,10 +61,10 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def native_step_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The native step is built once in a session of tests, by whichever process needs it first."""
+def native_library_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each C++ file is built once in a session of tests, by whichever process needs it first."""
     folder = tmp_path_factory.getbasetemp()
-    gpt.inference.native_library.CACHE = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "native")
+    gpt.model.native_library.CACHE = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "native")
 
 
 @pytest.fixture(scope="session")

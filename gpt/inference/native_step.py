@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, byref, c_double, c_int64, c_void_p
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpt.inference.native_library import load_library
 from gpt.model.attention import KVCache
+from gpt.model.native_library import load_library
 from gpt.model.transformer import GPT, Block
 
+_SOURCE = Path(__file__).with_name("decode_step.cpp")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}
 # Up to so many rows it is faster than torch (benchmarks/RESULTS.md, "Writing"), which multiplies many rows by bf16 without widening it.
@@ -70,7 +72,7 @@ def native_obstacle(model: GPT, rows: int) -> str | None:
         return f"no native step reads weights in {' and '.join(sorted(str(dtype)[6:] for dtype in dtypes))}"
     if rows > _MOST_ROWS[dtypes.pop()]:
         return f"it is faster than a native step for {rows} texts at once"
-    return load_library()[1] or None
+    return load_library(_SOURCE)[1] or None
 
 
 def _matrices(block: nn.Module) -> list[nn.Module | None]:
@@ -89,9 +91,10 @@ class NativeStep:
     """
 
     def __init__(self, model: GPT) -> None:
-        config, library = model.config, load_library()[0]
+        config, library = model.config, load_library(_SOURCE)[0]
         assert library is not None
         self._step = library.decode_step
+        self._step.restype = None
         self._outputs = config.outputs
         self._kept: list[Tensor] = []  # what the pointers point to
         embeddings, rotates = model.embeddings, config.positions == "rotary"

@@ -9,8 +9,8 @@ import torch
 import transformers
 from inference_models import FAMILIES, GREEDY, alone, random_model, rows_of
 
+from gpt.inference import native_step
 from gpt.inference.decode import generate_tokens
-from gpt.inference.native_library import load_library
 from gpt.inference.packing import pack_for_inference
 
 TOKENS = 1000
@@ -41,5 +41,5 @@ def test_a_thousand_tokens_are_those_of_transformers(family, tmp_path):
     for rows, name in ((1, "a native step"), (2, "packed")):
         packed = copy.deepcopy(model)
         maker = pack_for_inference(packed, rows)
-        assert (maker == "a native step") == (rows == 1 and load_library()[0] is not None)
+        assert (maker == "a native step") == (rows == 1 and native_step.load_library(native_step._SOURCE)[0] is not None)
         assert alone(packed, PROMPTS[0], TOKENS) == expected[0], name

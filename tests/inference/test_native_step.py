@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from inference_models import FAMILIES, GREEDY, VOCAB, alone, prompt_of, random_model, rows_of
 from torch import Tensor, nn
 
+from gpt.inference import native_step
 from gpt.inference.decode import generate_tokens
-from gpt.inference.native_library import load_library
 from gpt.inference.native_step import NativeStep, native_obstacle
 from gpt.inference.packing import PackedLinear, join_projections, pack_for_inference
 from gpt.inference.quantize import Int8Linear, quantize_int8
@@ -23,7 +23,7 @@ from gpt.model.transformer import GPT
 
 @pytest.fixture(scope="module", autouse=True)
 def library() -> None:
-    found, why = load_library()
+    found, why = native_step.load_library(native_step._SOURCE)
     if found is None:
         pytest.skip(why)
 
@@ -201,7 +201,7 @@ def test_compiled_it_is_not_native(monkeypatch):
 
 
 def test_a_model_that_nobody_laid_out_is_left_to_torch(monkeypatch):
-    monkeypatch.setattr("gpt.inference.native_step.load_library", lambda: pytest.fail("nothing is built for it"))
+    monkeypatch.setattr("gpt.inference.native_step.load_library", lambda _: pytest.fail("nothing is built for it"))
     model = random_model("gpt2")
     assert native_obstacle(model, 1) == "the weights are not laid out for a native step"
     join_projections(model)
@@ -227,7 +227,7 @@ def test_weights_that_lie_transposed_in_their_file_are_turned(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_without_a_library_the_weights_are_packed(dtype, monkeypatch):
-    monkeypatch.setattr("gpt.inference.native_step.load_library", lambda: (None, "there is no compiler"))
+    monkeypatch.setattr("gpt.inference.native_step.load_library", lambda _: (None, "there is no compiler"))
     model = random_model("llama").to(dtype)
     assert pack_for_inference(model) == "torch: there is no compiler"
     assert isinstance(model.head, PackedLinear)

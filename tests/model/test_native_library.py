@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.inference import native_library
-from gpt.inference.native_library import load_library
+from gpt.model import native_library
 
 TINY = 'extern "C" int decode_step() { return 7; }\n'
 
@@ -27,11 +27,18 @@ def has_compiler() -> bool:
 def tiny(tmp_path, monkeypatch):
     """A small source, an empty cache, and nothing asked before."""
     (tmp_path / "tiny.cpp").write_text(TINY)
-    monkeypatch.setattr(native_library, "SOURCE", tmp_path / "tiny.cpp")
     monkeypatch.setattr(native_library, "CACHE", str(tmp_path / "cache"))
     native_library._load.cache_clear()
     yield
     native_library._load.cache_clear()
+
+
+def source() -> Path:
+    return Path(native_library.CACHE).with_name("tiny.cpp")
+
+
+def load_library() -> tuple[ctypes.CDLL | None, str]:
+    return native_library.load_library(source())
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -56,7 +63,7 @@ class TestBuilding:
         library, why = load_library()
         assert library is not None
         assert not why
-        assert library.decode_step.restype is None
+        assert library.decode_step() == 7
         (made,) = files(tmp_path)
         before = made.stat()
         run, commands = native_library._run, []
@@ -70,7 +77,7 @@ class TestBuilding:
 
     def test_another_source_or_another_compiler_is_another_library(self, tmp_path, monkeypatch):
         load_library()
-        native_library.SOURCE.write_text(TINY.replace("7", "8"))
+        source().write_text(TINY.replace("7", "8"))
         again()
         assert len(files(tmp_path)) == 2
         monkeypatch.setenv("CXX", compiler(tmp_path, 'exec "${REAL:-g++}" -DANOTHER "$@"'))
@@ -82,7 +89,7 @@ class TestBuilding:
     def test_a_damaged_file_is_built_again(self, tmp_path, monkeypatch, damage):
         run, built = native_library._run, []
         monkeypatch.setattr(native_library, "_run", lambda command: built.append("-shared" in command) or run(command))
-        native_library._find_or_build(native_library._command(""), str(tmp_path / "cache"))
+        native_library._find_or_build(source(), native_library._command(""), str(tmp_path / "cache"))
         (made,) = files(tmp_path)
         whole = made.read_bytes()
         made.unlink()  # it is loaded: not to be written to
@@ -93,19 +100,19 @@ class TestBuilding:
 
     def test_two_processes_at_once(self, tmp_path):
         program = (
-            "import sys; from pathlib import Path; from gpt.inference import native_library as n; "
-            "n.SOURCE, n.CACHE = Path(sys.argv[1]), sys.argv[2]; library, why = n.load_library(); print(library.decode_step(), why)"
+            "import sys; from pathlib import Path; from gpt.model import native_library as n; "
+            "n.CACHE = sys.argv[2]; library, why = n.load_library(Path(sys.argv[1])); print(library.decode_step(), why)"
         )
-        command = [sys.executable, "-c", program, str(native_library.SOURCE), str(tmp_path / "cache")]
+        command = [sys.executable, "-c", program, str(source()), str(tmp_path / "cache")]
         started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
         for process in started:
             out, err = process.communicate(timeout=120)
-            assert (process.returncode, out, err) == (0, "None \n", "")
+            assert (process.returncode, out, err) == (0, "7 \n", "")
         assert all(path.suffix == ".so" for path in files(tmp_path)), "nothing is left half done"
 
     def test_a_folder_that_cannot_be_written_to_is_a_warning(self, tmp_path):
         (tmp_path / "cache").write_text("a file")
-        with pytest.warns(UserWarning, match=r"made by torch, which is slower: .*cache"):
+        with pytest.warns(UserWarning, match=r"torch does its work, which is slower: .*cache"):
             assert load_library()[0] is None
 
 
@@ -138,7 +145,7 @@ class TestNoLibrary:
     )
     def test_a_broken_compiler_is_a_warning_with_its_cause_said_once(self, tmp_path, monkeypatch, script, cause):
         monkeypatch.setenv("CXX", compiler(tmp_path, script))
-        with pytest.warns(UserWarning, match=f"made by torch, which is slower: .*{cause}") as said:
+        with pytest.warns(UserWarning, match=f"torch does its work, which is slower: .*{cause}") as said:
             found = [load_library() for _ in range(2)]
         assert found == [(None, found[0][1])] * 2
         assert found[0][1] in str(said[0].message)

@@ -1,4 +1,4 @@
-"""`decode_step.cpp`, built for this machine by its own compiler once, and loaded."""
+"""Our C++, each file built for this machine by its own compiler once, and loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("decode_step.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp")
 CACHE = "~/.cache/gpt/native"
 _SECONDS = 300  # that the compiler may take
@@ -27,17 +26,17 @@ class BuildError(UnavailableError):
     """There is a compiler, and it should have worked."""
 
 
-def load_library() -> tuple[ctypes.CDLL | None, str]:
-    """The library; or None and why there is none, in words. A build that fails is a warning too. Asked once a process."""
-    return _load(os.environ.get("CXX", ""), CACHE)
+def load_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a C++ file; or None and why there is none, in words. A build that fails is a warning too. Asked once a process."""
+    return _load(source, os.environ.get("CXX", ""), CACHE)
 
 
 @functools.cache
-def _load(compiler: str, cache: str) -> tuple[ctypes.CDLL | None, str]:
+def _load(source: Path, compiler: str, cache: str) -> tuple[ctypes.CDLL | None, str]:
     try:
-        return _find_or_build(_command(compiler), cache), ""
+        return _find_or_build(source, _command(compiler), cache), ""
     except BuildError as failure:
-        warnings.warn(f"the native step cannot be built, so text is made by torch, which is slower: {failure}", stacklevel=3)
+        warnings.warn(f"{source.name} cannot be built, so torch does its work, which is slower: {failure}", stacklevel=3)
         return None, str(failure)
     except UnavailableError as reason:
         return None, str(reason)
@@ -51,7 +50,7 @@ def _command(compiler: str) -> list[str]:
     return [*found, *_FLAGS]
 
 
-def _find_or_build(command: list[str], cache: str) -> ctypes.CDLL:
+def _find_or_build(source: Path, command: list[str], cache: str) -> ctypes.CDLL:
     """The library of this source, compiler and machine, out of the cache if it is there and whole.
 
     A file's name ends with the hash of its content, so that one which is cut short or damaged is not loaded but built again.
@@ -67,25 +66,19 @@ def _find_or_build(command: list[str], cache: str) -> ctypes.CDLL:
         raise UnavailableError(f"{command[0]} has no OpenMP")
     try:
         folder = Path(cache).expanduser()
-        key = _hash("\0".join([*command, macros]).encode() + SOURCE.read_bytes())
+        key = _hash("\0".join([*command, macros]).encode() + source.read_bytes())
         for path in folder.glob(f"{key}-*.so"):
             if path.name == f"{key}-{_hash(path.read_bytes())}.so":
-                return _loaded(path)
+                return ctypes.CDLL(str(path))
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / "made.so"
-            _run([*command, "-shared", "-fPIC", str(SOURCE), "-o", str(made)])
-            library = _loaded(made)  # only what loads is kept
+            _run([*command, "-shared", "-fPIC", str(source), "-o", str(made)])
+            library = ctypes.CDLL(str(made))  # only what loads is kept
             made.replace(folder / f"{key}-{_hash(made.read_bytes())}.so")
             return library
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise BuildError(f"{cache}: {error}") from error
-
-
-def _loaded(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.decode_step.restype = None
-    return library
 
 
 def _run(command: list[str]) -> str:
