@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from gpt.model.config import GPTConfig
 from gpt.model.kernels import kernels_of
+from gpt.model.native_attention import is_native, native_causal_attention
 from gpt.model.positions import rotate
 
-# On a CPU products of blocks of queries with the keys that they may see, around compiled softmaxes, train faster than the fused
-# kernel (benchmarks/RESULTS.md, "attention"); not compiled, or beyond this length, where the scores fill the memory, it is used.
+# On a CPU attention is native in bf16 where that is possible (`native_attention.py`). Where it is not, products of blocks of queries with
+# the keys that they may see, around compiled softmaxes, train faster than the fused kernel (benchmarks/RESULTS.md, "attention"); not
+# compiled, or beyond this length, where the scores fill the memory, that is used.
 BLOCKWISE_MAX_LENGTH = 1024
 QUERY_BLOCK = 128
 
@@ -155,6 +157,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask
     """
     T, S = q.shape[2], k.shape[2]
     kernels = kernels_of(q.device.type)
+    if kernels.native and k.dtype == torch.bfloat16 and T == S > 1 and not dropout and is_native(q.shape[3]):
+        return native_causal_attention(q.to(k.dtype), k, v, None if mask is None else mask.to(k.dtype)).to(q.dtype)
     if torch.compiler.is_compiling() and kernels.own_attention and T == S <= BLOCKWISE_MAX_LENGTH and not dropout:
         return blockwise_causal_attention(q, k, v, mask)
     dtype, heads = q.dtype, q.shape[1]
