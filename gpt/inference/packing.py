@@ -51,13 +51,19 @@ def join_projections(model: GPT) -> None:
     merge(model)
     for attention in model.modules():
         if isinstance(attention, Attention) and attention.qkv is None:
-            parts = [attention.q, attention.k, attention.v]
-            joined = nn.Linear(1, 1, bias=False, device="meta")
-            joined.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-            if parts[0].bias is not None:
-                joined.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-            attention.qkv = joined
+            attention.qkv = joined(attention)
             del attention.q, attention.k, attention.v
+
+
+@torch.no_grad()
+def joined(attention: Attention) -> nn.Linear:
+    """q, k and v as one linear layer."""
+    parts = [attention.q, attention.k, attention.v]
+    whole = nn.Linear(1, 1, bias=False, device="meta")
+    whole.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+    if parts[0].bias is not None:
+        whole.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+    return whole
 
 
 @torch.no_grad()
@@ -86,12 +92,12 @@ def pack_for_inference(model: GPT, rows: int = 1) -> str:
             if isinstance(child, nn.Dropout):  # which does nothing here, but not in no time
                 setattr(module, name, nn.Identity())
     obstacle = native_obstacle(model, rows)
-    if _packs(weight.dtype):
+    if packs(weight.dtype):
         _pack(model, by_rows=obstacle is None)
     return "a native step" if obstacle is None else f"torch: {obstacle}"
 
 
-def _packs(dtype: torch.dtype) -> bool:
+def packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies numbers of that kind here."""
     if not torch.backends.mkldnn.is_available():
         return False

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gpt.model.config import GPTConfig
 from gpt.model.kernels import kernels_of
+from gpt.model.native_rowwise import native_gelu, native_swiglu, suits_products
 
 
 class GELUTanh(nn.GELU):
@@ -19,6 +20,8 @@ class GELUTanh(nn.GELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same."""
+        if suits_products(input):
+            return native_gelu(input)
         if not (torch.compiler.is_compiling() and kernels_of(input.device.type).sigmoid_gelu):
             return super().forward(input)
         x = input.float()
@@ -40,5 +43,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, d_model) -> (B, T, d_model)."""
         if self.gate is not None:
-            return self.down(self.activation(self.gate(x)) * self.up(x))
+            gate, up = self.gate(x), self.up(x)
+            is_native = isinstance(self.activation, nn.SiLU) and suits_products(gate)  # where weights are packed the gate has it in it
+            return self.down(native_swiglu(gate, up) if is_native else self.activation(gate) * up)
         return self.down(self.activation(self.up(x)))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.model.kernels import kernels_of
+from gpt.model.native_rowwise import native_cross_entropy, suits_products
 
 IGNORE = -100  # the target of a token that is not to be learned from, torch's convention
 
@@ -94,12 +95,53 @@ def product_bias(bias: Tensor | None, narrow: Tensor) -> Tensor | None:
     return None if bias is None else F.pad(bias.to(narrow.dtype), (0, len(narrow) - len(bias)))
 
 
-def product(rows: Tensor, narrow: Tensor, bias: Tensor | None, vocab_size: int) -> Tensor:
+def product(rows: Tensor, narrow: Tensor, bias: Tensor | None, vocab_size: int, out: Tensor | None = None) -> Tensor:
     """rows (C, E), narrow (P, E), bias (P,) -> (C, P), with no probability left to the columns beyond the vocabulary."""
-    logits = rows @ narrow.T if bias is None else torch.addmm(bias, rows, narrow.T)
+    logits = torch.mm(rows, narrow.T, out=out) if bias is None else torch.addmm(bias, rows, narrow.T, out=out)
     if vocab_size < len(narrow):
         logits[:, vocab_size:] = float("-inf")
     return logits
+
+
+class _WeightGradient:
+    """The gradient of the head's weight (P, E) in fp32, added up chunk by chunk, or by several chunks where adding costs much.
+
+    Where the loss's gradient takes the place of the logits, chunks wait side by side till they are `gradient_bytes` together: each product
+    is then longer, and its result is widened and added less often.
+    """
+
+    def __init__(self, narrow: Tensor, rows: int, chunk: int) -> None:
+        """For so many rows in all, in chunks of at most so many."""
+        self.sum = torch.zeros(narrow.shape, dtype=torch.float32, device=narrow.device)
+        most = kernels_of(narrow.device.type).gradient_bytes // (len(narrow) * narrow.element_size()) // chunk * chunk
+        self._waiting = narrow.new_empty(min(most, rows), len(narrow)) if chunk < min(most, rows) and suits_products(narrow) else None
+        self._rows: list[Tensor] = []
+        self._used = 0
+
+    def place(self, rows: int) -> Tensor | None:
+        """Where the next chunk's logits may be made, (C, P)."""
+        if self._waiting is None:
+            return None
+        if self._used + rows > len(self._waiting):
+            self.finish()
+        return self._waiting[self._used : self._used + rows]
+
+    def add(self, gradient: Tensor, rows: Tensor, place: Tensor | None) -> None:
+        """A chunk: the gradient of its logits (C, P), what the head read (C, E), and the place that it was given."""
+        if place is None:
+            self.sum += gradient.T @ rows
+            return
+        if gradient.data_ptr() != place.data_ptr():
+            place.copy_(gradient)
+        self._rows.append(rows)
+        self._used += len(rows)
+
+    def finish(self) -> None:
+        """Add what waits."""
+        if self._rows:
+            assert self._waiting is not None
+            self.sum += self._waiting[: self._used].T @ torch.cat(self._rows)
+            self._rows, self._used = [], 0
 
 
 class _Function(torch.autograd.Function):
@@ -116,20 +158,25 @@ class _Function(torch.autograd.Function):
         narrow = product_weight(weight, dtype)  # (P, E)
         narrow_bias = product_bias(bias, narrow)
         hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
-        weight_gradient = torch.zeros(narrow.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
+        sizes = [len(hidden[chunk]) for chunk in chunks]
+        weight_gradient = _WeightGradient(narrow, sum(sizes), max(sizes, default=1)) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros(len(narrow), dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[2] else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         for chunk in chunks:
             rows = hidden[chunk].to(dtype)  # (C, E)
-            part, gradient = softmax(product(rows, narrow, narrow_bias, len(weight)), chunk)
+            place = None if weight_gradient is None else weight_gradient.place(len(rows))
+            part, gradient = softmax(product(rows, narrow, narrow_bias, len(weight), place), chunk)
             nll += part
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = gradient @ narrow
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ rows
+                weight_gradient.add(gradient, rows, place)
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(hidden_gradient, *(None if g is None else g[: len(weight)] for g in (weight_gradient, bias_gradient)))
+        if weight_gradient is not None:
+            weight_gradient.finish()
+        of_weight = None if weight_gradient is None else weight_gradient.sum
+        ctx.save_for_backward(hidden_gradient, *(None if g is None else g[: len(weight)] for g in (of_weight, bias_gradient)))
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return nll
 
@@ -207,6 +254,10 @@ class LinearCrossEntropy(nn.Module):
         self.chunk = chunk
         self.softmax: Callable[..., Any] = _nll_and_gradient
 
+    def nll_and_gradient(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_nll_and_gradient`, as fast as may be; the gradient may take the place of the logits."""
+        return native_cross_entropy(logits, targets) if suits_products(logits) else self.softmax(logits, targets)
+
     def compile_softmax(self, **options: Any) -> None:
         """Fuse the softmax part with `torch.compile(**options)`; the matrix products stay as they are."""
         self.softmax = torch.compile(_nll_and_gradient, **options)
@@ -228,7 +279,7 @@ class LinearCrossEntropy(nn.Module):
         chunks = self.chunks(hidden, weight, rows)
         learns = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         if torch.is_grad_enabled() and learns:
-            return self.summed(hidden, weight, bias, chunks, lambda logits, chunk: self.softmax(logits, targets[chunk]))
+            return self.summed(hidden, weight, bias, chunks, lambda logits, chunk: self.nll_and_gradient(logits, targets[chunk]))
         nll = hidden.new_zeros((), dtype=torch.float32)
         narrow = product_weight(weight, self.dtype)
         narrow_bias = product_bias(bias, narrow)
@@ -247,7 +298,7 @@ class LinearCrossEntropy(nn.Module):
         chunks = self.chunks(hidden, weight, rows)
         with torch.autocast(hidden.device.type, enabled=False):
             if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-                return cast(Tensor, _Each.apply(hidden, weight, targets, self.dtype, chunks, self.softmax))
+                return cast(Tensor, _Each.apply(hidden, weight, targets, self.dtype, chunks, self.nll_and_gradient))
             nll = hidden.new_zeros(len(hidden), dtype=torch.float32)
             narrow = product_weight(weight, self.dtype)
             for chunk in chunks:

@@ -6,6 +6,7 @@ Shapes: B batch, T time, E d_model, V vocab_size. Module names are a contract: f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,8 @@ from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.feedforward import FeedForward
 from gpt.model.heads import init_head, make_head
 from gpt.model.lora import attach_as, init_adapters
+from gpt.model.norms import block_norm, final_norm
 from gpt.model.positions import rotary_tables, sinusoidal_table
-
-
-def make_norm(config: GPTConfig) -> nn.Module:
-    """The config's normalisation over d_model."""
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, config.norm_eps)
-    return nn.LayerNorm(config.d_model, config.norm_eps, bias=config.bias)
 
 
 class Embeddings(nn.Module):
@@ -56,9 +51,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config)
+        self.attention_norm = block_norm(config)
         self.attention = Attention(config, layer)
-        self.feedforward_norm = make_norm(config)
+        self.feedforward_norm = block_norm(config)
         self.feedforward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
         self.parallel = config.parallel_residual
@@ -92,9 +87,11 @@ class GPT(nn.Module):
         self.config = config
         self.frozen_depth: int | None = None
         """So many blocks at the bottom, and the embeddings, do not train; None: the embeddings do."""
+        self.frozen_blocks: Callable[[], Sequence[nn.Module]] | None = None
+        """Asked for what computes in place of these blocks, at least; None: they do themselves."""
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.final_norm = make_norm(config)
+        self.final_norm = final_norm(config)
         self.head = make_head(config)
         if config.positions == "rotary":
             shape = (config.context_length, config.rotary_dim)
@@ -174,6 +171,8 @@ class GPT(nn.Module):
         states: Tensor | None = None,
         start: int = 0,
         end: int | None = None,
+        *,
+        blocks: Sequence[nn.Module] | None = None,
     ) -> Tensor:
         """tokens (B, T) int64 -> (B, T, E), after the final norm. With a cache, the T tokens are read after those it holds.
 
@@ -181,7 +180,8 @@ class GPT(nn.Module):
         and positions count from each document's first token.
 
         The way up may be cut in two: with `end`, what the embeddings and the blocks below it make of the tokens is returned, (B, T, E) in
-        fp32 or the parameters' dtype; handed in as `states`, with `start` the same number, the rest follows.
+        fp32 or the parameters' dtype; handed in as `states`, with `start` the same number, the rest follows. `blocks` compute in place of
+        the model's own.
 
         Raises:
             ValueError: more tokens than context_length, or than the cache holds; or a cache and documents.
@@ -200,7 +200,7 @@ class GPT(nn.Module):
             cos, sin = self.get_buffer("rotary_cos")[places], self.get_buffer("rotary_sin")[places]
             rotary = (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
         x = self.embeddings(tokens, places) if states is None else states
-        for block in self.blocks[start:end]:
+        for block in (self.blocks if blocks is None else blocks)[start:end]:
             x = block(x, rotary, cache, mask)
         if end is not None:
             return x
@@ -212,7 +212,8 @@ class GPT(nn.Module):
     def frozen_states(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """What the frozen embeddings and blocks at the bottom make of tokens: (B, T) int64 -> (B, T, E), without gradients."""
         assert self.frozen_depth is not None
-        return self.hidden_states(tokens, documents=documents, end=self.frozen_depth)
+        blocks = None if self.frozen_blocks is None else self.frozen_blocks()
+        return self.hidden_states(tokens, documents=documents, end=self.frozen_depth, blocks=blocks)
 
     def _attention_dtype(self, device: str) -> torch.dtype:
         """What keys are in, so that a mask is made once in that dtype and not once a block."""

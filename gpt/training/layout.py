@@ -24,6 +24,7 @@ from gpt.runtime.distributed import World
 from gpt.runtime.parallel import checkpoint_activations, place_weights, split_matrices, spread
 from gpt.training.checkpoint import digest
 from gpt.training.objectives import objective_for
+from gpt.training.packed_prefix import PackedPrefix, packs_prefix
 
 
 @dataclass
@@ -77,6 +78,8 @@ def lay_out(
         model.to(device.type)
         model.tie()
         assert not config.model.tie_embeddings or model.head.weight is model.embeddings.tokens.weight
+        if packs_prefix(device):
+            model.frozen_blocks = PackedPrefix(model)
     objective = objective_for(config, model, LinearCrossEntropy(device.dtype), paired)
     if config.parallel.tensor > 1 and divided:
         split_matrices(model, world)

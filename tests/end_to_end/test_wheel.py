@@ -24,7 +24,7 @@ def test_the_wheel_holds_what_it_needs_and_no_more(wheel):
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert f"gpt/configs/{path.relative_to(ROOT / 'configs').as_posix()}" in names
     assert {"gpt/training/report.html.jinja", "gpt/training/page.css", "gpt/runs/compare.html.jinja"} <= set(names)
-    assert {"gpt/inference/decode_step.cpp", "gpt/py.typed"} <= set(names)
+    assert {"gpt/inference/decode_step.cpp", "gpt/model/attention.cpp", "gpt/model/rowwise.cpp", "gpt/py.typed"} <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert not [n for n in names if not n.startswith(("gpt/", "gpt_trainer-"))]
 

@@ -1,0 +1,92 @@
+"""Frozen blocks at the bottom as they compute fastest on a CPU in bf16: weights cast and packed once, and not at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gpt.inference.packing import PackedLinear, joined, packs
+from gpt.model import native_rowwise
+from gpt.model.attention import KVCache
+from gpt.model.native_rowwise import add_to
+from gpt.model.transformer import GPT, Block
+from gpt.runtime.device import Device
+
+
+def packs_prefix(device: Device) -> bool:
+    """Whether a device computes frozen blocks faster so: oneDNN multiplies bf16, and norms hand it to it."""
+    return device.is_host and device.dtype == torch.bfloat16 and packs(device.dtype) and native_rowwise.is_native()
+
+
+class PackedPrefix:
+    """Makes the stand-ins of a model's frozen blocks, when first asked and whenever their weights are others (a checkpoint has been read).
+
+    They share norms with the blocks that they stand for; matrices are in bf16, in oneDNN's layout, GELU or SiLU is computed in the product
+    before it, and q, k and v are one product. A block with adapters stands for itself.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self._model = model
+        self._blocks: list[nn.Module] = []
+        self._made_of: list[tuple[int, int]] = []
+
+    def __call__(self) -> Sequence[nn.Module]:
+        """What to compute in place of the frozen blocks."""
+        blocks = list(self._model.blocks[: self._model.frozen_depth])
+        weights = [(p.data_ptr(), p._version) for block in blocks for p in block.parameters()]
+        if weights != self._made_of:
+            self._blocks.clear()
+            self._blocks.extend(self._packed(block) for block in blocks)
+            self._made_of = weights
+        return self._blocks
+
+    @torch.no_grad()
+    def _packed(self, block: nn.Module) -> nn.Module:
+        assert isinstance(block, Block)
+        attention, feedforward = block.attention, block.feedforward
+        linears = [attention.q, attention.k, attention.v, attention.out, feedforward.up, feedforward.down, feedforward.gate]
+        if any(type(linear) is not nn.Linear for linear in linears if linear is not None):
+            return block
+        with torch.device("meta"):
+            twin = _PackedBlock(self._model.config, attention.layer)
+        twin.attention_norm, twin.feedforward_norm = block.attention_norm, block.feedforward_norm
+        twin.attention.q_norm, twin.attention.k_norm = attention.q_norm, attention.k_norm
+        activated, gated = feedforward.activation, feedforward.gate is not None
+        packed: dict[nn.Module, dict[str, nn.Module]] = {
+            twin.attention: {"qkv": _narrow(joined(attention)), "out": _narrow(attention.out)},
+            twin.feedforward: {
+                "up": _narrow(feedforward.up, None if gated else activated),
+                "down": _narrow(feedforward.down),
+                "activation": nn.Identity(),
+            },
+        }
+        if feedforward.gate is not None:
+            packed[twin.feedforward]["gate"] = _narrow(feedforward.gate, activated)
+        for module, parts in packed.items():
+            for name, part in parts.items():
+                setattr(module, name, part)
+        del twin.attention.q, twin.attention.k, twin.attention.v
+        return twin.eval()
+
+
+class _PackedBlock(Block):
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """As of `Block`, but x is changed in place: nothing else reads it where nothing has gradients."""
+        attended = self.attention(self.attention_norm(x), rotary, cache, mask)
+        if self.parallel:
+            made = self.feedforward(self.feedforward_norm(x))
+            return add_to(add_to(x, attended), made)
+        x = add_to(x, attended)
+        return add_to(x, self.feedforward(self.feedforward_norm(x)))
+
+
+def _narrow(linear: nn.Linear, activation: nn.Module | None = None) -> PackedLinear:
+    narrow = nn.Linear(1, 1, bias=False, device="meta")
+    narrow.weight = nn.Parameter(linear.weight.bfloat16(), requires_grad=False)
+    if linear.bias is not None:
+        narrow.bias = nn.Parameter(linear.bias.bfloat16(), requires_grad=False)
+    return PackedLinear(narrow, activation)
