@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,13 @@ from benchmark_inference import cache, decode, first_token, load
 from benchmark_preparation import preparation
 from benchmark_quality import time_to_quality
 from benchmark_training import trainer_overhead, training
+from torch import Tensor
 
 from gpt.compose import compose_run
 from gpt.config import DeviceConfig
+from gpt.model import native_attention, native_rowwise
 from gpt.model.attention import blockwise_causal_attention
+from gpt.model.kernels import kernels_of
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
@@ -68,11 +72,42 @@ def _attentions(B: int, T: int, H: int, D: int) -> dict[str, Callable[[], object
     q, k, v = (torch.randn(B, T, H, D, device=DEVICE.type, dtype=DEVICE.dtype).transpose(1, 2).requires_grad_() for _ in range(3))
     gradient = torch.randn(B, H, T, D, device=DEVICE.type, dtype=DEVICE.dtype)
     compiled = torch.compile(blockwise_causal_attention, dynamic=False)
-    return {
-        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient),
-        "products of blocks of queries around softmaxes": lambda: blockwise_causal_attention(q, k, v).backward(gradient),
-        "the same, compiled": lambda: compiled(q, k, v).backward(gradient),
+    found: dict[str, Callable[[], object]] = {}
+    if kernels_of(DEVICE.type).native and native_attention.is_native(D):
+        found["C++"] = lambda: native_attention.native_causal_attention(q, k, v).backward(gradient)
+    found["scaled_dot_product_attention"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient)
+    found["products of blocks of queries around softmaxes"] = lambda: blockwise_causal_attention(q, k, v).backward(gradient)
+    found["the same, compiled"] = lambda: compiled(q, k, v).backward(gradient)
+    return found
+
+
+def between_products() -> None:
+    """Forward and backward of what lies between products in a block of GPT-2's shape: ours in C++, and torch's, compiled and not."""
+    for name, candidates in _between_products(4096, 384, 1536).items():
+        table(f"{name}, forward + backward", in_turn(candidates))
+
+
+def _between_products(N: int, E: int, hidden: int) -> dict[str, dict[str, Callable[[], object]]]:
+    x, gate, up = (torch.randn(N, width, device=DEVICE.type, requires_grad=True) for width in (E, hidden, hidden))
+    gate, up = (t.detach().to(DEVICE.dtype).requires_grad_() for t in (gate, up))
+    weight, bias = (torch.rand(E, device=DEVICE.type, requires_grad=True) for _ in range(2))
+    gradients = {width: torch.randn(N, width, device=DEVICE.type, dtype=DEVICE.dtype) for width in (E, hidden)}
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias).to(DEVICE.dtype)
+
+    kinds: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        f"LayerNorm of {E}": (partial(native_rowwise.native_norm, eps=1e-5, centred=True), layer_norm, (x, weight, bias)),
+        f"GELU of {hidden}": (native_rowwise.native_gelu, partial(F.gelu, approximate="tanh"), (gate,)),
+        f"SwiGLU of {hidden}": (native_rowwise.native_swiglu, lambda gate, up: F.silu(gate) * up, (gate, up)),
     }
+    found: dict[str, dict[str, Callable[[], object]]] = {}
+    for name, (native, plain, inputs) in kinds.items():
+        functions = {"torch, compiled": torch.compile(plain, dynamic=False), "torch": plain}
+        if native_rowwise.suits_products(gate):
+            functions = {"C++": native, **functions}
+        found[name] = {k: partial(lambda f, t: f(*t).backward(gradients[t[0].shape[1]]), f, inputs) for k, f in functions.items()}
+    return found
 
 
 def loss() -> None:
@@ -87,6 +122,7 @@ def _losses(N: int, E: int, V: int) -> dict[str, Callable[[], object]]:
     targets = torch.randint(V, (N,), device=DEVICE.type)
     ours, compiled = LinearCrossEntropy(DEVICE.dtype), LinearCrossEntropy(DEVICE.dtype)
     compiled.compile_softmax(dynamic=False)
+    compiled.nll_and_gradient = compiled.softmax
 
     def plain() -> None:
         with DEVICE.autocast():
@@ -95,8 +131,8 @@ def _losses(N: int, E: int, V: int) -> dict[str, Callable[[], object]]:
 
     candidates: dict[str, Callable[[], object]] = {
         "linear, cross_entropy": plain,
-        "ours, eager": lambda: ours(hidden, weight, targets).backward(),
-        "ours, softmax compiled": lambda: compiled(hidden, weight, targets).backward(),
+        "ours": lambda: ours(hidden, weight, targets).backward(),
+        "ours, softmax compiled by torch": lambda: compiled(hidden, weight, targets).backward(),
     }
     if (fused := getattr(F, "linear_cross_entropy", None)) is not None:
         low = hidden.detach().to(DEVICE.dtype).requires_grad_(), weight.detach().to(DEVICE.dtype).requires_grad_()
@@ -167,7 +203,7 @@ def startup() -> None:
     """From the start of `gpt pretrain` to the end of its first step, with nothing cached and with everything."""
     with tempfile.TemporaryDirectory() as folder:
         settings = f"train.log_every=1 data.cache_dir={folder}/data run.dir={folder}/runs"
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "HOME": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "PYTHONUNBUFFERED": "1"}
         for caches in ("cold", "warm"):
             started = time.perf_counter()
             command = [sys.executable, "-m", "gpt", "pretrain", *settings.split()]
@@ -180,7 +216,7 @@ def startup() -> None:
 
 
 BENCHMARKS = {
-    "startup": startup, "attention": attention, "loss": loss, "step": step, "documents": documents,
+    "startup": startup, "attention": attention, "between_products": between_products, "loss": loss, "step": step, "documents": documents,
     "encoding": encoding, "batches": batches, "preparation": preparation,
     "training": training, "trainer_overhead": trainer_overhead, "freezing": freezing, "quality": time_to_quality,
     "classification": classification,
@@ -194,6 +230,7 @@ def main() -> None:
     names = sys.argv[1:] or list(BENCHMARKS)
     if unknown := set(names) - BENCHMARKS.keys():
         raise SystemExit(f"no such benchmark: {', '.join(sorted(unknown))}; there are: {', '.join(BENCHMARKS)}")
+    DEVICE.prepare_training()
     print(f"{DEVICE.description}, {DEVICE.dtype}, torch {torch.__version__}")
     for name in names:
         BENCHMARKS[name]()
