@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch.distributed import TCPStore
 
 IMPORTED = [
     "gpt.cli", "gpt.launch", "gpt.training.trainer", "hydra", "matplotlib.figure", "torch._dynamo", "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel", "transformers",
 ]  # fmt: skip
+STANDSTILL = 60.0  # seconds in which processes together use less than one of a core
 
 
 class Forked:
@@ -29,6 +31,11 @@ class Forked:
         self._process.start()
 
     @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 
@@ -36,8 +43,7 @@ class Forked:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -66,6 +72,25 @@ def _work(function: Callable[..., Any], arguments: tuple[Any, ...], environment:
     function(*arguments)
 
 
+def processor_seconds(process: int) -> float:
+    """What a process has used of the cores so far; 0 where there is none of this number."""
+    try:
+        times = psutil.Process(process).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return times.user + times.system
+
+
+def seconds_to_end(process: Forked | subprocess.Popen[str], number: int) -> float:
+    """Send a process a signal: the seconds until it has ended, or those of a core where it shares that with others. Waits 120."""
+    started, used, worked = time.monotonic(), processor_seconds(process.pid), 0.0
+    process.send_signal(number)
+    while process.poll() is None and time.monotonic() < started + 120:
+        worked = max(worked, processor_seconds(process.pid) - used)
+        time.sleep(0.02)
+    return min(time.monotonic() - started, worked)
+
+
 def gpt(arguments: list[str], before: Callable[[], None] | None = None) -> None:
     """`gpt <arguments>`, after what `before` changes in its process."""
     from gpt.cli import run
@@ -76,16 +101,21 @@ def gpt(arguments: list[str], before: Callable[[], None] | None = None) -> None:
     run()
 
 
-def run_together(function: Callable[..., None], *arguments: Any, processes: int, log: Path, seconds: float = 240) -> None:
-    """Call a function in processes that find in their environment what torchrun would say, until all have ended well."""
+def run_together(function: Callable[..., None], *arguments: Any, processes: int, log: Path) -> None:
+    """Call a function in processes that find in their environment what torchrun would say, until all have ended well.
+
+    They may take long where they share their cores with others, but not stand still: that is a failure after STANDSTILL seconds.
+    """
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"} for rank in range(processes)]
     started = [Forked(function, *arguments, log=log, environment=world | rank) for rank in ranks]
-    deadline = time.monotonic() + seconds
+    used, since = 0.0, time.monotonic()
     try:
         while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
-            assert time.monotonic() < deadline, f"not done after {seconds} seconds: {log.read_text()[-4000:]}"
+            if abs((now := sum(processor_seconds(process.pid) for process in started)) - used) > 1:
+                used, since = now, time.monotonic()
+            assert time.monotonic() < since + STANDSTILL, f"they stand still: {log.read_text()[-4000:]}"
             time.sleep(0.02)
         assert [process.poll() for process in started] == [0] * processes, log.read_text()[-4000:]
     finally:

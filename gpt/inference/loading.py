@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from gpt.compose import load_run, refuse_no_run
 from gpt.data.tokenizer import Tokenizer, load_tokenizer
 from gpt.errors import UserError
 from gpt.model.config import GPTConfig
-from gpt.model.heads import adopt
 from gpt.model.huggingface import read_config
 from gpt.model.lora import merge
-from gpt.model.peft_files import base_of, is_adapter_folder, load_adapter
+from gpt.model.peft_files import base_of, is_adapter_folder, load_merged, shape_of
 from gpt.model.transformer import GPT
 from gpt.model.weight_files import find_checkpoint, read_json
 from gpt.typed import nearest, shown
@@ -74,11 +73,12 @@ def read_shape(path: str, allow_pickle: bool = False, key: str = "init") -> tupl
     directory, run = locate(path, allow_pickle, key)
     if is_adapter_folder(directory):
         try:
-            base = base_of(directory)
+            shape, tokenizer = read_shape(base_of(directory), allow_pickle, f"{key}={path}: its base")
+            shape = shape_of(directory, shape)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"{key}={path}: {error}") from error
-        shape, tokenizer = read_shape(base, allow_pickle, f"{key}={path}: its base")
-        shape = _with_its_head(shape, run)
         if not _has_tokenizer(directory):
             return shape, tokenizer
         check_rows(shape.vocab_size, load_tokenizer(directory), f"{key}={path}")
@@ -188,28 +188,14 @@ def _from_adapter(
     """An adapter in PEFT's format, merged into its base."""
     try:
         base = load_model(base_of(directory), device, dtype, allow_pickle, f"{what}: its base")
-        model = base.model
-        if (shape := _with_its_head(model.config, run)) != model.config:
-            model = GPT.materialise(shape, device, model.embeddings.tokens.weight.dtype)
-            adopt(model, shape, base.model, base.model.config)
-        load_adapter(model, directory, allow_pickle)
+        model = load_merged(base.model, directory, allow_pickle)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{what}: {error}") from error
-    merge(model)
-    model.requires_grad_(True)
     tokenizer = load_tokenizer(directory) if _has_tokenizer(directory) else base.tokenizer
     ends = base.end_ids if tokenizer is base.tokenizer else base.end_ids | _end_ids(directory, tokenizer)
-    return Loaded(model.eval(), tokenizer, frozenset(ends), directory, run)
-
-
-def _with_its_head(shape: GPTConfig, run: Path | None) -> GPTConfig:
-    """The shape of an adapter's base with the head that its run put on it: PEFT's files hold its weights, but not what its classes are."""
-    own = load_run(run).model if run is not None else shape
-    if own.head == shape.head:
-        return shape
-    return replace(shape, head=own.head, classes=own.classes, tie_embeddings=False)
+    return Loaded(model, tokenizer, frozenset(ends), directory, run)
 
 
 def _has_tokenizer(directory: Path) -> bool:

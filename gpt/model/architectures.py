@@ -368,10 +368,19 @@ def _classes(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(_unsupported(where, "problem_type", values["problem_type"]))
     count = values.get("num_labels", 2)  # what `transformers` takes where it has written no names, which it does for two unnamed classes
     names = values.get("id2label", {str(number): f"LABEL_{number}" for number in range(count)} if type(count) is int else None)
-    if not isinstance(names, dict) or {str(number) for number in range(len(names))} != {str(key) for key in names}:
-        raise ValueError(f"{where}: id2label={json.dumps(names)} must name the classes 0, 1 and so on, each once")
-    classes = {str(key): name for key, name in names.items()}
-    return {"head": head, "classes": [str(classes[str(number)]) for number in range(len(classes))]}
+    return {"head": head, "classes": class_names(names, where)}
+
+
+def class_names(id2label: object, where: str) -> list[str]:
+    """Classes in the order of the head's rows, out of what `transformers` calls id2label.
+
+    Raises:
+        ValueError: they are not numbered 0, 1 and so on.
+    """
+    if not isinstance(id2label, dict) or {str(number) for number in range(len(id2label))} != {str(key) for key in id2label}:
+        raise ValueError(f"{where}: id2label={json.dumps(id2label)} must name the classes 0, 1 and so on, each once")
+    classes = {str(key): name for key, name in id2label.items()}
+    return [str(classes[str(number)]) for number in range(len(classes))]
 
 
 def _unsupported(where: str, key: str, value: object) -> str:

@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from gpt.model.architectures import FAMILIES, StoredTensor, complete, from_hf_config, head_name, head_of, stored_tensors, to_hf_config
 from gpt.model.config import GPTConfig
-from gpt.model.lora import LoRALinear, adapted, adapter_parameters, merge
-from gpt.model.peft_files import base_of, is_adapter_folder, load_adapter
+from gpt.model.lora import LoRALinear, adapted, adapter_parameters
+from gpt.model.peft_files import base_of, is_adapter_folder, load_merged, shape_of
 from gpt.model.transformer import GPT
 from gpt.model.weight_files import INDEX, TOKENIZER_FILES, WEIGHTS, TensorHeader, find_checkpoint, read_headers, read_json, read_tensors
 
@@ -65,10 +65,7 @@ def load_pretrained(
     """
     directory = find_checkpoint(path, allow_pickle)
     if is_adapter_folder(directory):
-        model = load_pretrained(cls, base_of(directory), device, dtype, allow_pickle)
-        load_adapter(model, directory, allow_pickle)
-        merge(model)
-        return model.requires_grad_(True).eval()
+        return load_merged(load_pretrained(cls, base_of(directory), device, dtype, allow_pickle), directory, allow_pickle)
     where = str(directory / "config.json")
     values = complete(read_json(directory / "config.json"), where)
     config = from_hf_config(values, where)
@@ -113,13 +110,13 @@ def load_pretrained(
 
 
 def read_config(directory: Path) -> GPTConfig:
-    """The shape of the model in a directory with a config.json, or of the base of an adapter in PEFT's format.
+    """The shape of the model in a directory with a config.json, or of that of an adapter in PEFT's format.
 
     Raises:
         ValueError: there is none, or it says something that our model does not compute.
     """
     if is_adapter_folder(directory):
-        return read_config(find_checkpoint(base_of(directory)))
+        return shape_of(directory, read_config(find_checkpoint(base_of(directory))))
     where = directory / "config.json"
     return from_hf_config(complete(read_json(where), str(where)), str(where))
 

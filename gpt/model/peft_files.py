@@ -1,5 +1,8 @@
 """Adapters from and to files of the library PEFT: adapter_config.json beside adapter_model.safetensors, which hold the changes alone.
 
+That of a classifier has `id2label.json` beside them, the names of its classes as `transformers` has them in a config: PEFT's own files
+hold the new head, but not what it tells apart, and a `config.json` there would make `transformers` take the folder for a whole model.
+
 Read in PEFT 0.21's source. A stock architecture that keeps q, k and v in one matrix has one adapter where ours has up to three: those
 lie in it side by side, A's rows stacked and B block-diagonal, which is the same function exactly. What PEFT knows and our layers do
 not compute is refused by name, never approximated.
@@ -12,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gpt.model.architectures import FAMILIES, StoredTensor, head_name, stored_tensors, to_hf_config
+from gpt.model.architectures import FAMILIES, StoredTensor, class_names, head_name, stored_tensors, to_hf_config
 from gpt.model.config import GPTConfig
-from gpt.model.lora import LoRALinear, adapted, adapter_parameters, attach
+from gpt.model.heads import adopt
+from gpt.model.lora import LoRALinear, adapted, adapter_parameters, attach, merge
 from gpt.model.transformer import GPT
-from gpt.model.weight_files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, read_json, unpickle
+from gpt.model.weight_files import CLASS_NAMES, INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, read_json, unpickle
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -84,6 +88,34 @@ def base_of(directory: Path) -> str:
     return base
 
 
+def shape_of(directory: Path, base: GPTConfig) -> GPTConfig:
+    """The shape of an adapter's model: its base's, with the head that the adapter was trained for.
+
+    Raises:
+        ValueError: it is for classes that neither its base nor a file beside it names.
+    """
+    where, names = directory / ADAPTER_CONFIG, directory / CLASS_NAMES
+    task = read_json(where).get("task_type")
+    head = next((head for head in ("sequence", "tokens") if _TASKS[head] == task), None)
+    if head is None:
+        return base
+    if names.is_file():
+        classes = class_names(read_json(names), str(names))
+    elif base.head == head:
+        classes = base.classes
+    else:
+        raise ValueError(
+            f"{where}: task_type={task} is of a head for classes, and nothing says which they are; write them into {CLASS_NAMES} beside "
+            'it, in the order of the head: {"0": "<a class>", "1": "<another>", ...}'
+        )
+    if (head, classes) == (base.head, base.classes):
+        return base
+    try:
+        return replace(base, head=head, classes=classes, tie_embeddings=False)
+    except ValueError as error:
+        raise ValueError(f"{names}: {error}") from error
+
+
 # Writing
 
 
@@ -132,7 +164,7 @@ def save_adapter(model: GPT, directory: str | Path, base: str, tokenizer: Any = 
     named = {short if (short := _short(name)) in alike else name: of for name, of in ranks.items()}
     values = {
         "peft_type": "LORA",
-        "task_type": _TASKS[getattr(config, "head", "language_model")],
+        "task_type": _TASKS[config.head],
         "base_model_name_or_path": base,
         "revision": None,
         "inference_mode": True,
@@ -159,8 +191,12 @@ def save_adapter(model: GPT, directory: str | Path, base: str, tokenizer: Any = 
     aside = directory / f".{ADAPTER_WEIGHTS}"
     save_file(tensors, aside, metadata={"format": "pt"})
     aside.chmod(0o666 & ~_umask())  # it comes readable by its owner alone
-    (directory / ADAPTER_CONFIG).unlink(missing_ok=True)  # of other weights
+    for name in (ADAPTER_CONFIG, CLASS_NAMES):  # of other weights
+        (directory / name).unlink(missing_ok=True)
     os.replace(aside, directory / ADAPTER_WEIGHTS)
+    if config.classes:
+        names = json.dumps({str(number): name for number, name in enumerate(config.classes)}, ensure_ascii=False, indent=2)
+        (directory / CLASS_NAMES).write_text(names + "\n", encoding="utf-8")
     aside = directory / f".{ADAPTER_CONFIG}"
     aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(aside, directory / ADAPTER_CONFIG)
@@ -244,6 +280,26 @@ def load_adapter(model: GPT, directory: str | Path, allow_pickle: bool = False) 
             parameters[name].copy_(tensor)
     for name in adapter.tensors | adapter.replaced:
         parameters[name].requires_grad_(True)
+
+
+def load_merged(base: GPT, directory: Path, allow_pickle: bool = False) -> GPT:
+    """An adapter merged into its base; all of it can train, in evaluation mode.
+
+    Args:
+        base: the adapter's base, which is changed unless the adapter brings another head.
+        directory, allow_pickle: as of `load_adapter`.
+
+    Raises:
+        ValueError: as of `load_adapter` and `shape_of`.
+    """
+    model, shape = base, shape_of(directory, base.config)
+    if shape != base.config:
+        table = base.embeddings.tokens.weight
+        model = type(base).materialise(shape, table.device, table.dtype)
+        adopt(model, shape, base, base.config)
+    load_adapter(model, directory, allow_pickle)
+    merge(model)
+    return model.requires_grad_(True).eval()
 
 
 def read_adapter(directory: Path, config: GPTConfig, allow_pickle: bool = False) -> Adapter:

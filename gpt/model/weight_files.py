@@ -20,6 +20,7 @@ from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CLASS_NAMES = "id2label.json"  # beside an adapter
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 BYTES_PER_MAPPING = 32 * 2**20
 # torch's dtypes in the words of safetensors, as far as a model may have them.
@@ -59,7 +60,8 @@ def find_checkpoint(path: str | Path, allow_pickle: bool = False) -> Path:
         from huggingface_hub.errors import HFValidationError
     except ImportError as error:
         raise ValueError(f"no such directory: {path}; to load it from the hub, `pip install huggingface_hub`") from error
-    wanted = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
+    settings = ["config.json", "generation_config.json", "adapter_config.json", CLASS_NAMES]
+    wanted = [*settings, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
         # What lies in folders is the same model for other programs.
         found = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))

@@ -57,8 +57,7 @@ def export(config: ExportConfig) -> int:
     print(f"{output}: {loaded.model.num_parameters() / 1e6:.2f}M parameters as {stored}, {size / 1e6:,.1f} MB, ", end="")
     print(json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0])
     head = loaded.model.config.head
-    other = "gpt generate" if head == "language_model" else "gpt evaluate"
-    print(f'use: transformers.{AUTO_CLASSES[head]}.from_pretrained("{output}"), or {other} model={output}', file=sys.stderr)
+    print(f'use: transformers.{AUTO_CLASSES[head]}.from_pretrained("{output}"), or {_command(head)} model={output}', file=sys.stderr)
     return 0
 
 
@@ -79,14 +78,14 @@ def _export_adapter(config: ExportConfig) -> int:
     run = Path(os.path.expanduser(config.run))
     try:
         if (finished := run / "adapter").is_dir() and (run / "config.yaml").is_file():
-            output = _output(config, run / "export")
+            settings, output = load_run(run), _output(config, run / "export")
             if output.resolve() != finished.resolve():
                 shutil.copytree(finished, output, dirs_exist_ok=True)
         else:
             loaded = load_unmerged(config.run)
             assert loaded.run is not None
-            output = _output(config, loaded.run / "export")
-            write_adapter(load_run(loaded.run), output, loaded.model, loaded.tokenizer, _card(loaded, adapter=True))
+            settings, output = load_run(loaded.run), _output(config, loaded.run / "export")
+            write_adapter(settings, output, loaded.model, loaded.tokenizer, _card(loaded, adapter=True))
     except UserError:
         raise
     except ValueError as error:
@@ -96,8 +95,20 @@ def _export_adapter(config: ExportConfig) -> int:
     size = (output / ADAPTER_WEIGHTS).stat().st_size
     named = json.loads((output / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     print(f"{output}: adapters of {named}, {size / 1e6:,.1f} MB, in PEFT's format")
-    print(f'use: peft.AutoPeftModelForCausalLM.from_pretrained("{output}"), or gpt generate model={output}', file=sys.stderr)
+    head, count = settings.model.head, len(settings.model.classes)
+    call = f'{_peft_class(head)}.from_pretrained("{output}"{f", num_labels={count}" if count else ""})'
+    print(f"use: peft.{call}, or {_command(head)} model={output}", file=sys.stderr)
     return 0
+
+
+def _command(head: str) -> str:
+    """What uses a model with this head."""
+    return "gpt generate" if head == "language_model" else "gpt evaluate"
+
+
+def _peft_class(head: str) -> str:
+    """PEFT's counterpart of the class of `transformers`. It makes a head for classes anew, so it wants their number."""
+    return AUTO_CLASSES[head].replace("Auto", "AutoPeft")
 
 
 def _overflowing(loaded: Loaded) -> str | None:
@@ -160,7 +171,8 @@ def model_card(config: RunConfig, summary: Summary, corpus: str = "", adapter: b
         torch_version=torch.__version__,
         task={"sequence": "text-classification", "tokens": "token-classification"}.get(model.head, "text-generation"),
         kind={"sequence": "classifier of texts", "tokens": "classifier of words"}.get(model.head, "decoder-only language model"),
-        auto_class=AUTO_CLASSES[model.head], names={"accuracy": "accuracy", "macro_f1": "macro-F1", "span_f1": "span F1"},
+        auto_class=_peft_class(model.head) if adapter else AUTO_CLASSES[model.head],
+        names={"accuracy": "accuracy", "macro_f1": "macro-F1", "span_f1": "span F1"},
         data=" and ".join(map(_named, config.data.parts or [config.data])),
         init=Path(config.init).name if config.init and Path(config.init).expanduser().exists() else config.init,
     )  # fmt: skip

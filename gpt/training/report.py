@@ -73,7 +73,7 @@ class Summary:
     tokens: int  # trained on
     seconds: float  # of training
     tokens_per_second: float
-    best_val_loss: float | None  # nats per token
+    best_val_loss: float | None  # nats per `unit`
     best_step: int | None
     val_bpb: float | None  # bits per byte over all of the held-out text
     gzip_bpb: float | None  # of the same text under gzip -9
@@ -390,10 +390,14 @@ def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
 
     def add_loss(title: str, key: str, x: str, marks: Sequence[float] = ()) -> None:
         training, checks = points(key, "loss"), points(key, "val_loss")
-        validation = [Curve(checks, "validation", SECOND, width=1.4, dots=40)] if checks else []
+        y, learned, held_out = f"loss, nats per {summary.counted}", "training", "validation"
+        if points(key, "val_reward_margin"):
+            y = "loss per pair"
+        elif checks and summary.counted != summary.unit:
+            y, learned, held_out = "loss, nats", f"training, per {summary.counted}", f"validation, per {summary.unit}"
+        validation = [Curve(checks, held_out, SECOND, width=1.4, dots=40)] if checks else []
         note = f"Dashed: after step {', '.join(f'{step:,}' for step in marks)} more parameters train." if marks else ""
-        unit = "loss per pair" if points(key, "val_reward_margin") else f"loss, nats per {summary.unit}"
-        add(title, noisy(training, "training") + validation, x, unit, True, bool(checks), note, marks)
+        add(title, noisy(training, learned) + validation, x, y, True, bool(checks), note, marks)
 
     scores = [(title, points("step", f"val_{name}")) for name, title in SCORES.items()]
     curves = [Curve(found, title, colour, dots=40) for (title, found), colour in zip(scores, SERIES, strict=False) if found]

@@ -24,7 +24,7 @@ from gpt.training.checkpoint import COMPLETE, STATE, find_damage, list_checkpoin
 from gpt.training.metrics import read_metrics
 from gpt.training.trainer import Trainer
 from tests.end_to_end.test_pretrain import SMALL, assert_same_end, call, fork, limit_file_size, run, wait_for_step
-from tests.processes import Forked
+from tests.processes import Forked, seconds_to_end
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -110,13 +110,12 @@ def test_killed_at_random_a_finetuning_with_dropout_and_an_average_ends_alike(tm
 
 def terminated(process: subprocess.Popen[str] | Forked) -> tuple[float, str]:
     """Ask a run to end; the seconds that it took, and what it said."""
-    started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    took = seconds_to_end(process, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
     assert process.returncode == 143, stderr
     assert "Traceback" not in stderr
     assert "continue with: gpt pretrain resume=" in stderr
-    return time.monotonic() - started, stderr
+    return took, stderr
 
 
 def interrupted_state(run_directory: Path, stderr: str):

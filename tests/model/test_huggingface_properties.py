@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import tempfile
@@ -97,12 +98,12 @@ def gpt_configs(draw) -> dict[str, Any]:
     return values
 
 
-def gradients_agree(ours: torch.Tensor, theirs: torch.Tensor, where: str) -> None:
+def gradients_agree(ours: torch.Tensor, theirs: torch.Tensor, where: str, rounding: float = 0.0) -> None:
     scale = max(1.0, theirs.abs().max().item())
-    assert (ours - theirs).abs().max() <= TOLERANCE * scale, where
+    assert (ours - theirs).abs().max() <= TOLERANCE * scale + rounding, where
 
 
-def compare_gradients(model: GPT, stock: Any) -> None:
+def compare_gradients(model: GPT, stock: Any, rounding: float = 0.0) -> None:
     """Every stock gradient against ours laid out as the checkpoint is, through the table that the export goes through."""
     config = model.config
     ours = {name: p.grad for name, p in model.named_parameters()}
@@ -117,7 +118,7 @@ def compare_gradients(model: GPT, stock: Any) -> None:
         elif stored.ours == ("head.weight",) and untied:
             continue
         if all(name in ours for name in stored.ours):
-            gradients_agree(stored.pack([ours[name] for name in stored.ours], config.n_head), grad, stored.name)
+            gradients_agree(stored.pack([ours[name] for name in stored.ours], config.n_head), grad, stored.name, rounding)
             compared |= set(stored.ours)
         else:
             assert stored.name.endswith((".bias", "wpe.weight"))  # ours has no such parameter
@@ -145,12 +146,16 @@ def test_exports_compute_the_same_logits_loss_and_gradients(examples):
             stock = load_stock(Path(folder), dtype=torch.float32, attn_implementation=attention)
             got, want = stock(tokens).logits, model(tokens)
             assert want.std() > 0.01
-            assert (got - want).abs().max() <= TOLERANCE
+            # Some weights make much of fp32's rounding, theirs as ours: what ours loses to it is known from fp64.
+            exact = copy.deepcopy(model).double()
+            wanted = exact(tokens)
+            assert (got - want).abs().max() <= TOLERANCE + 2 * (want - wanted).abs().max()
             ours, theirs = loss_of(want, tokens), loss_of(got, tokens)
             assert abs(ours - theirs) <= TOLERANCE
-            ours.backward()
-            theirs.backward()
-            compare_gradients(model, stock)
+            for loss in (ours, theirs, loss_of(wanted, tokens)):
+                loss.backward()
+            lost = max((p.grad - e.grad).abs().max().item() for p, e in zip(model.parameters(), exact.parameters(), strict=True))
+            compare_gradients(model, stock, 2 * lost)
             del stock, got  # mapped from the folder
         families.add(config.stock_architecture())
 

@@ -314,11 +314,10 @@ def test_every_family_is_tried():
     }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "neox-partial"])
-@pytest.mark.parametrize("head", ["sequence", "tokens"])
-def test_a_head_of_classes_goes_with_the_adapters(name, head, tmp_path):
-    made = base(with_adapters(name, LoRAConfig(rank=2)))  # a language model, as people start from
-    made.save_pretrained(tmp_path / "base")
+def classifier_with_adapters(name: str, head: Any, folder: Path) -> GPT:
+    """A model with a new head and adapters that change something, saved with its base, a language model, as people start from."""
+    made = base(with_adapters(name, LoRAConfig(rank=2)))
+    made.save_pretrained(folder / "base")
     config = replace(made.config, head=head, classes=["no", "maybe", "yes"], tie_embeddings=False)
     model = GPT(config, LoRAConfig(rank=2))
     weights = {n: p for n, p in made.state_dict().items() if not n.startswith("head.")}
@@ -326,14 +325,43 @@ def test_a_head_of_classes_goes_with_the_adapters(name, head, tmp_path):
     with torch.no_grad():
         for parameter in [p for p in model.parameters() if p.requires_grad]:
             parameter.normal_(std=0.2)
-    save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
+    save_adapter(model, folder / "adapter", str(folder / "base"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "neox-partial"])
+@pytest.mark.parametrize("head", ["sequence", "tokens"])
+def test_a_head_of_classes_goes_with_the_adapters(name, head, tmp_path):
+    model = classifier_with_adapters(name, head, tmp_path)
     kind = {"sequence": "SequenceClassification", "tokens": "TokenClassification"}[head]
     stock: Any = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "base", num_labels=3, pad_token_id=0)
     theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
-    expected = logits(model.eval(), TOKENS)
+    expected = logits(model, TOKENS)
     found = logits(theirs, TOKENS)
     torch.testing.assert_close(found, expected[:, -1] if head == "sequence" else expected, **CLOSE)
-    back = GPT(config)
-    back.load_state_dict(weights, strict=False)
-    load_adapter(back, tmp_path / "adapter")
-    torch.testing.assert_close(logits(back.eval(), TOKENS), expected, **CLOSE)
+    back = GPT.from_pretrained(tmp_path / "adapter")
+    assert back.config == read_config(tmp_path / "adapter") == model.config
+    assert all(p.requires_grad for p in back.parameters())
+    torch.testing.assert_close(logits(back, TOKENS), expected, **CLOSE)
+
+
+def test_an_adapter_says_its_classes_or_its_base_does(tmp_path):
+    model = classifier_with_adapters("gpt2", "sequence", tmp_path)
+    names = tmp_path / "adapter" / "id2label.json"
+    assert json.loads(names.read_text()) == {"0": "no", "1": "maybe", "2": "yes"}
+    for written, message in (
+        ({"1": "a", "2": "b"}, r"id2label\.json: id2label=.* must name the classes 0, 1 and so on"),
+        ({"0": "a", "1": "a"}, r"id2label\.json: classes: a is there twice"),
+        ({"0": "a", "1": "b"}, r"head\.weight has shape \(3, 32\) where the model's is \(2, 32\)"),
+    ):
+        names.write_text(json.dumps(written))
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(tmp_path / "adapter")
+    names.unlink()
+    with pytest.raises(ValueError, match=r"task_type=SEQ_CLS is of a head for classes, .*; write them into id2label\.json beside it"):
+        GPT.from_pretrained(tmp_path / "adapter")
+    base(model).save_pretrained(tmp_path / "base")
+    assert GPT.from_pretrained(tmp_path / "adapter").config == model.config
+    names.write_text('{"0": "of what was here before"}')
+    save_adapter(with_adapters("gpt2", LoRAConfig(rank=2)), tmp_path / "adapter", str(tmp_path / "base"))
+    assert not names.exists()

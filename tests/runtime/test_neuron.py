@@ -251,7 +251,6 @@ def test_text_is_made_where_it_can_be(monkeypatch):
     assert find_decoding_device(DeviceConfig("cuda")) is gpu
 
 
-@pytest.mark.skipif(tuple(map(int, MINOR.split("."))) < (2, 13), reason="the simulated device needs torch 2.13, as TorchNeuron does")
 def test_the_command_refuses_a_rehearsal_of_text(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-m", "gpt", "generate", f"model={tmp_path}", "device=neuron_sim"]

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt.compose import compose_run
 from gpt.config import RunConfig
@@ -15,6 +16,9 @@ TINY = [
     "train.sample_prompts=[import]",
     "train.sample_tokens=4",
 ]
+needs_neuron_sim = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="the simulated device needs torch 2.13, as TorchNeuron does"
+)
 
 
 @pytest.fixture

@@ -71,7 +71,9 @@ def test_the_page_of_a_classifier(tmp_path):
     page = write_report(tmp_path, [], replace(SUMMARY, counted="token")).read_text()  # loss_on=all: learned at every token
     assert "<dt>Tokens</dt>" in page
     assert "tokens each" not in page
-    assert "loss, nats per example" in page
+    assert "loss, nats per" not in page
+    for curve in ("training, per token", "validation, per example"):
+        assert curve in page
 
 
 def test_the_page_of_a_classifier_that_still_learns(tmp_path):

@@ -290,7 +290,7 @@ def test_it_is_exported_for_the_stock_class(classifier, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_report")
-def test_adapters_train_beside_the_new_head(config_of):
+def test_adapters_train_beside_the_new_head(config_of, tmp_path, capsys):
     run = Trainer(config_of(THINGS, *LEARN, "lora.rank=4", "optimizer.lr=0.02")).fit().run_directory
     assert validations(run)[-1]["val_accuracy"] > 0.6
     written = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -309,11 +309,16 @@ def test_adapters_train_beside_the_new_head(config_of):
     assert load_model(str(run)).model.config.classes == ["animal", "fruit", "tool"]
 
     tokens = torch.tensor([load_model(str(run)).tokenizer.encode("I saw a hammer")])
-    merged, adapter = (load_model(str(run / name)).model for name in ("model", "adapter"))
+    out = tmp_path / "copied"
+    capsys.readouterr()
+    assert export(compose_use("export", [f"run={run}", "format=peft", f"output={out}"])) == 0
+    told = capsys.readouterr().err
+    assert f'peft.AutoPeftModelForSequenceClassification.from_pretrained("{out}", num_labels=3), or gpt evaluate model=' in told
+    merged, adapter = (load_model(str(folder)).model for folder in (run / "model", out))
     assert adapter.config == merged.config
     with torch.no_grad():
         assert (adapter(tokens) - merged(tokens)).abs().max() < 1e-5
-    further = config_of(THINGS, "run.id=further", f"init={run / 'adapter'}", "train.budget=1steps", "optimizer.lr=1e-6", "data.holdout=0.2")
+    further = config_of(THINGS, "run.id=further", f"init={out}", "train.budget=1steps", "optimizer.lr=1e-6", "data.holdout=0.2")
     assert further.model.classes == ["animal", "fruit", "tool"]
     assert validations(Trainer(further).fit().run_directory)[-1]["val_accuracy"] == pytest.approx(
         validations(run)[-1]["val_accuracy"], abs=0.05

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from gpt.compose import compose_run
 from gpt.model.transformer import GPT
 from gpt.training.trainer import Trainer
-from tests.training.conftest import settings
+from tests.training.conftest import needs_neuron_sim, settings
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 from tests.training.test_processes import assert_same_losses, curve, launch
 
@@ -53,6 +53,7 @@ def test_every_layout_trains_the_adapters_of_one_process(settings_of_runs, tmp_p
         assert all(torch.equal(stored[parameter], p) for parameter, p in start.items()), "the base is as it was"
 
 
+@needs_neuron_sim
 def test_as_many_graphs_are_compiled_as_were_foreseen(settings_of_runs, tmp_path):
     """Blocks with other adapters are of another kind, and have the CPU's losses: two in training and in evaluation, and the softmax."""
     overrides = [*settings_of_runs, "lora.targets=[q, blocks.1.feedforward]", "train.micro_batch=4"]

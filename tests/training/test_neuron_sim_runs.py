@@ -19,13 +19,11 @@ from gpt.config import RunConfig
 from gpt.data.batches import Batch
 from gpt.training.step import Step
 from tests import processes
-from tests.training.conftest import settings
+from tests.training.conftest import needs_neuron_sim, settings
 from tests.training.finetuning import SUMS, save_small_model, write_rows
 from tests.training.test_processes import FREEZING, ROOT, TEXT, assert_same_losses, curve, launch
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="the simulated device needs torch 2.13, as TorchNeuron does"
-)
+pytestmark = needs_neuron_sim
 SIM = ["device=neuron_sim", "compile=true"]
 TEN = ["train.budget=10steps", "train.eval_every=5", "train.eval_tokens=1024", "train.final_eval_tokens=1024"]
 

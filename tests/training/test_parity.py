@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +24,7 @@ from gpt.runtime.device import find_device
 from gpt.training import parity as module
 from gpt.training.layout import Layout, first_weights, lay_out
 from gpt.training.parity import FLOOR, LOGITS, LOSS, Error, Place, _observe, _one_batch, compare, judge, parity
+from tests.training.conftest import needs_neuron_sim
 from tests.training.finetuning import save_small_model
 
 SMALL = ["debug=golden", "model.n_layer=4", "train.batch_tokens=256", "device=cpu"]
@@ -417,7 +417,7 @@ def test_a_slip_gets_one_sentence(arguments, message, tmp_path, monkeypatch, cap
     assert message in err
 
 
-@pytest.mark.skipif(find_spec("gpt.runtime.neuron_sim") is None, reason="there is no simulated device yet")
+@needs_neuron_sim
 def test_the_rehearsed_device_agrees_in_whole_graphs(config_of):
     """In a process of its own, which has that device for good."""
     config = config_of()

@@ -65,7 +65,7 @@ def assert_same_losses(run: Path, reference: Path, steps: int) -> None:
 FREEZING = ["freeze=first_n", "freeze.first_n_blocks=1", "unfreeze=[{at: 8, blocks: '0'}]", "layerwise_lr_decay=0.9", "train.ema=0.9"]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_every_layout_has_the_losses_of_one_process(text_run, tmp_path, cache_dir, processes):
     """Text with accumulation, clipping, Muon and an average; masked examples of uneven length, of which frozen parts are computed once and
     begin to train at last. Each process accumulates over two micro-batches at least."""
