@@ -16,7 +16,8 @@ from pathlib import Path
 from gpt.compose import compose_run
 from gpt.model.config import GPTConfig
 from gpt.model.loss import chunk_size
-from gpt.runtime.memory import FLOAT, ROOM, Case, accumulated, cast_weights, peak, states
+from gpt.runtime.case import FLOAT, Case
+from gpt.runtime.memory import ROOM, accumulated, cast_weights, peak, states
 from gpt.runtime.shapes import parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +54,9 @@ def traffic(case: Case, all_to_all: bool = True) -> dict[str, float]:
         result["gradients"] = 2 * ring(R, FLOAT * case.elements(learning=True))
     if case.model.qk_norm:  # each rank's heads have a part of the gradients of the norms that they share
         result["gradients"] += 2 * ring(t, FLOAT * 2 * L * case.model.head_dim)
-    inputs = 5 if case.model.activation == "swiglu" else 4  # products whose input's gradient is summed, each by itself and in fp32
-    products = case.micro_batch * case.length * case.model.d_model * (2 * case.width + inputs * FLOAT)
+    # Products whose input's gradient is summed, each by itself, in the dtype in which the norm hands it to them.
+    inputs = (5 if case.model.activation == "swiglu" else 4) * (case.width if case.native_rows else FLOAT)
+    products = case.micro_batch * case.length * case.model.d_model * (2 * case.width + inputs)
     result["activations"] = case.passes * L * 2 * ring(t, products)
     if case.optimizer == "muon":
         whole = case.width * sum(math.prod(p.shape) for p in case.chosen(matrices=True, learning=True))

@@ -34,9 +34,11 @@ from gpt.data.batches import Batch
 from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.transformer import GPT
 from gpt.runtime import parallel
+from gpt.runtime.activations import activations, block_activations, loss_bytes
+from gpt.runtime.case import FLOAT, Case, native_parts
 from gpt.runtime.cpu import Cpu
 from gpt.runtime.distributed import join_world
-from gpt.runtime.memory import FLOAT, Case, activations, block_activations, cast_weights, loss_bytes, passes, states, update
+from gpt.runtime.memory import cast_weights, passes, states, update
 from gpt.runtime.shapes import parameters
 from gpt.runtime.sharding import local_part
 from gpt.training.checkpoint import TrainingState
@@ -55,19 +57,20 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.sent: dict[str, float] = defaultdict(float)
         self.peak = 0
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage | Tensor]] = {}
         self._see(lasting)
 
     def _see(self, tensors: Iterable[Any]) -> None:
         for tensor in tensors:
             if isinstance(tensor, Tensor):
-                storage = held(tensor).untyped_storage()
+                storage = tensor if tensor.is_mkldnn else held(tensor).untyped_storage()  # what is packed shows no storage
                 self._storages[id(storage)] = weakref.ref(storage)
 
     def live(self) -> int:
         """Bytes now."""
         self._storages = {key: ref for key, ref in self._storages.items() if ref() is not None}
-        return sum(storage.nbytes() for ref in self._storages.values() if (storage := ref()) is not None)
+        there = [storage for ref in self._storages.values() if (storage := ref()) is not None]
+        return sum(s.nbytes if isinstance(s, Tensor) else s.nbytes() for s in there)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -136,10 +139,13 @@ def saved_bytes(forward: Callable[[], Tensor], without: Iterable[Tensor], caches
     return sum(storage.nbytes() for storage in found.values()), result
 
 
+def _cpu(case: Case) -> Cpu:
+    return Cpu("", torch.bfloat16 if case.width == 2 else torch.float32)
+
+
 def count(case: Case) -> dict[str, float]:
     """What a run of `case` really keeps and sends, seen from this process: the same keys as `expected`."""
-    dtype = torch.bfloat16 if case.width == 2 else torch.float32
-    device = Cpu("", dtype)
+    device = _cpu(case)
     name = "none" if case.ranks == 1 else "fsdp" if case.shards else "ddp"
     parallel_config = ParallelConfig(name, case.tensor, case.replicas if name == "fsdp" else 1)
     config = RunConfig(model=replace(case.model), lora=case.lora, parallel=parallel_config)
@@ -161,7 +167,7 @@ def count(case: Case) -> dict[str, float]:
     with mock.patch.object(parallel, "create_selective_checkpoint_contexts", made_by):
         layout = lay_out(config, lambda: GPT(case.model, case.lora), case.compiled, world, device, case.trains)
     model, objective = layout.model, layout.objective
-    optimizers = build_optimizers(config.optimizer, model, dtype, world.work_mesh, case.fused_adamw)
+    optimizers = build_optimizers(config.optimizer, model, device.dtype, world.work_mesh, case.fused_adamw)
     average = WeightAverage(model, 0.9) if case.ema else None
     counts = Counts(TrainingState(), device)
     step = Step(objective, model, optimizers, average, counts, world, device, case.micro_batch, 1.0, False, StepClock(device))
@@ -224,14 +230,17 @@ def count(case: Case) -> dict[str, float]:
 
 def expected(case: Case) -> dict[str, float]:
     """What the formulas say of `count`'s figures."""
-    lasting = {name: size for name, size in states(case).items() if name != "beside"}
+    all_of_them = {name: size for name, size in states(case).items() if name != "beside"}
+    lasting = {name: size for name, size in all_of_them.items() if name != "packed"}  # which is so in the first pass
     casts = cast_weights(case) * (1 - case.computed_again / max(1, case.layers))
     kept = activations(case) + casts - (block_activations(case) if case.computed_again else 0)
     return {
-        **lasting, "gradients": FLOAT * case.elements(learning=True), "gradients between passes": FLOAT * case.elements(learning=True),
+        **lasting,
+        "gradients": FLOAT * case.elements(learning=True),
+        "gradients between passes": FLOAT * case.elements(learning=True) + all_of_them["packed"],
         "kept for backward": kept + loss_bytes(case),
-        "peak of the passes": sum(lasting.values()) + sum(passes(case).values()),
-        "peak of the update": sum(lasting.values()) + sum(update(case).values()),
+        "peak of the passes": sum(all_of_them.values()) + sum(passes(case).values()),
+        "peak of the update": sum(all_of_them.values()) + sum(update(case).values()),
         **{f"sent: {what}": size for what, size in traffic(case, all_to_all=False).items()},
     }  # fmt: skip
 
@@ -254,9 +263,10 @@ SMALL = {
 
 
 def small(name: str, **changes: Any) -> Case:
-    """A case to measure: a model of a few million parameters, two passes of two sequences."""
-    model = SMALL[name]
-    return replace(Case(model, length=128, micro_batch=2, passes=2, ema=True, plain=True), **changes)
+    """A case to measure: a model of a few million parameters, two passes of two sequences, with what this machine has of our C++."""
+    case = replace(Case(SMALL[name], length=128, micro_batch=2, passes=2, ema=True, plain=True), **changes)
+    rows, attention = native_parts(_cpu(case), case.model.head_dim)
+    return replace(case, native_rows=rows, native_attention=attention)
 
 
 def work(rank: int, ranks: int, port: int, cases: Sequence[Case], folder: str) -> None:
@@ -270,7 +280,7 @@ def work(rank: int, ranks: int, port: int, cases: Sequence[Case], folder: str) -
     dist.destroy_process_group()
 
 
-def measure(cases: Sequence[Case], seconds: float = 120) -> list[dict[str, float]]:
+def measure(cases: Sequence[Case], seconds: float = 300) -> list[dict[str, float]]:
     """The figures of rank 0, for cases of the same number of ranks."""
     ranks = cases[0].ranks
     if ranks == 1:
@@ -319,6 +329,7 @@ def not_said(case: Case) -> set[str]:
 CHECKED = {
     1: {
         "GPT-2, bf16": small("GPT-2"), "GPT-2, fp32": small("GPT-2", width=4), "GPT-2, adamw": small("GPT-2", optimizer="adamw", ema=False),
+        "GPT-2, 4 chunks": small("GPT-2", micro_batch=16),
         "GPT-2, muon, AdamW in parts": small("GPT-2", fused_adamw=False),
         "GPT-2, adamw, in parts": small("GPT-2", optimizer="adamw", fused_adamw=False, ema=False),
         "Llama, bf16": small("Llama"), "Llama, fp32": small("Llama", width=4),

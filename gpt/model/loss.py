@@ -158,7 +158,7 @@ class _Function(torch.autograd.Function):
         narrow = product_weight(weight, dtype)  # (P, E)
         narrow_bias = product_bias(bias, narrow)
         hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
-        sizes = [len(hidden[chunk]) for chunk in chunks]
+        sizes = [len(range(len(hidden))[chunk]) if isinstance(chunk, slice) else len(chunk) for chunk in chunks]
         weight_gradient = _WeightGradient(narrow, sum(sizes), max(sizes, default=1)) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros(len(narrow), dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[2] else None
         nll = hidden.new_zeros((), dtype=torch.float32)

@@ -12,7 +12,8 @@ import torch
 
 from gpt.config import RunConfig
 from gpt.errors import UserError
-from gpt.runtime.memory import ROOM, Case, binary_size, peak
+from gpt.runtime.case import Case
+from gpt.runtime.memory import ROOM, binary_size, peak
 
 if TYPE_CHECKING:
     from gpt.runtime.device import Device

@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 
 from gpt.config import RunConfig
 from gpt.errors import UserError
+from gpt.runtime.case import Case
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World, collective_of, waited_too_long
-from gpt.runtime.memory import Case
 from gpt.runtime.out_of_memory import memory_error
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

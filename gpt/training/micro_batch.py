@@ -11,8 +11,9 @@ from torch import nn
 from gpt.data.batches import Batch
 from gpt.errors import UserError
 from gpt.model.objective import NextTokenLoss
+from gpt.runtime.case import Case
 from gpt.runtime.device import Device
-from gpt.runtime.memory import ROOM, Case, peak
+from gpt.runtime.memory import ROOM, peak
 from gpt.training.objectives import Giver, given
 
 # micro_batch=auto: the most tokens of a pass. More make no step faster, and on a CPU, where memory is shared, nothing says when it is full.

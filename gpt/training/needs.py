@@ -11,8 +11,8 @@ from gpt.finetuning.distillation import TeacherGiver
 from gpt.finetuning.freezing import Plan
 from gpt.inference.loading import read_shape
 from gpt.model.config import LoRAConfig
+from gpt.runtime.case import FLOAT, Case, case_of
 from gpt.runtime.device import Device
-from gpt.runtime.memory import FLOAT, Case, case_of
 from gpt.runtime.shapes import parameters
 
 

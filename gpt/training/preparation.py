@@ -18,10 +18,10 @@ from gpt.errors import UserError
 from gpt.finetuning.freezing import plan_freezing
 from gpt.finetuning.trainable import write_table
 from gpt.model.transformer import GPT
+from gpt.runtime.case import Case
 from gpt.runtime.compiling import CompileAhead, FixedGraphs, kinds_of_graphs, should_compile
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
-from gpt.runtime.memory import Case
 from gpt.runtime.parallel import unwrapped
 from gpt.training.answering import Answering
 from gpt.training.checkpoint import TrainingState, load_checkpoint, read_state

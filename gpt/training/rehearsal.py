@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from gpt.config import RunConfig
+from gpt.runtime.case import Case
 from gpt.runtime.compiling import FixedGraphs
 from gpt.runtime.device import Device
-from gpt.runtime.memory import Case, binary_size, fit_rows
+from gpt.runtime.memory import binary_size, fit_rows
 from gpt.runtime.neuron_sim_record import Graph, Record
 
 FILE = "rehearsal.txt"

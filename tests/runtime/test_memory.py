@@ -7,10 +7,13 @@ import torch
 
 from gpt.compose import compose_run
 from gpt.config import ParallelConfig
+from gpt.model import native_attention, native_rowwise
 from gpt.model.config import GPTConfig
+from gpt.runtime.activations import block_activations
+from gpt.runtime.case import Case, case_of
 from gpt.runtime.cpu import Cpu
 from gpt.runtime.cuda import Cuda
-from gpt.runtime.memory import Case, Memory, case_of, fit_rows, needs, peak, states
+from gpt.runtime.memory import Memory, fit_rows, needs, peak, states
 
 GPT2 = GPTConfig(50257, 1024)
 
@@ -28,7 +31,7 @@ def test_the_parts_add_up():
         ({"micro_batch": 2}, "activations"), ({"checkpointing": "full"}, "activations"), ({"compiled": True}, "activations"),
         ({"optimizer": "adamw"}, "optimizer"), ({"passes": 2}, "gradients"), ({"replicas": 2}, "gradients"), ({"shards": 2}, "gathered"),
         ({"fused_adamw": False, "optimizer": "adamw", "micro_batch": 1, "checkpointing": "full"}, "update"),
-        ({"width": 4}, "casts"), ({"tensor": 2}, "casts"),
+        ({"width": 4}, "casts"), ({"tensor": 2}, "casts"), ({"native_rows": True}, "activations"), ({"native_rows": True}, "loss"),
     ],
 )  # fmt: skip
 def test_each_choice_changes_its_part(changes, part):
@@ -46,6 +49,30 @@ def test_a_run_is_the_case_that_its_config_says():
     assert (case.chunk, case.plain, case.fused_adamw) == (1280, False, True)
     alone = case_of(replace(config, parallel=ParallelConfig()), 1, 100, Cpu("", torch.float32), compiled=False)
     assert (alone.ranks, alone.is_divided, alone.micro_batch, alone.passes, alone.width) == (1, False, 64, 1, 4)
+
+
+def test_what_is_native_is_asked_of_a_cpu_in_bf16_alone(monkeypatch):
+    config = compose_run("pretrain", ["model.n_head=4", "model.head_dim=24"])
+    asked = []
+    monkeypatch.setattr(native_rowwise, "is_native", lambda: asked.append("rows") or True)
+    monkeypatch.setattr(native_attention, "is_native", lambda head_dim: asked.append(head_dim) or head_dim % 16 == 0)
+    for device in (Cpu("", torch.float32), Cuda("", torch.bfloat16)):
+        case = case_of(config, 1, 1, device, compiled=True)
+        assert (case.native_rows, case.native_attention) == (False, False)
+    assert not asked
+    case = case_of(config, 1, 1, Cpu("", torch.bfloat16), compiled=True)
+    assert (case.native_rows, case.native_attention, asked) == (True, False, ["rows", 24])
+
+
+def test_native_attention_keeps_no_scores_at_any_length():
+    blockwise = Case(GPT2, micro_batch=4, compiled=True, plain=True, native_rows=True)
+    native = replace(blockwise, native_attention=True)
+    head = GPT2.n_head * 4 * 4 * 1024  # bytes of a number for each head and token
+    copy_and_scores = 4 * (2 * 1024 * 768 + 2 * GPT2.n_head * 128 * 128 * sum(range(1, 9)))
+    assert block_activations(blockwise) - block_activations(native) == copy_and_scores
+    for length in (1024, 2048):  # the same for each token
+        assert block_activations(replace(native, length=length)) == block_activations(native) * length // 1024
+    assert block_activations(native) == 4 * 1024 * (36 * 768 + 16) + head
 
 
 def test_a_vocabulary_that_is_not_known_yet_is_the_tokenizers():

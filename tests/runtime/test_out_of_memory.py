@@ -10,7 +10,8 @@ import torch
 from gpt.cli import main
 from gpt.compose import compose_run
 from gpt.model.config import GPTConfig
-from gpt.runtime.memory import ROOM, Case, binary_size, peak
+from gpt.runtime.case import Case
+from gpt.runtime.memory import ROOM, binary_size, peak
 from gpt.runtime.out_of_memory import advice, memory_error, says_out_of_memory
 from gpt.training.step import Step
 

@@ -6,14 +6,18 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import ParallelConfig
 from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
+from gpt.model.native_attention import is_native
 from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
 from gpt.runtime.cpu import Cpu
@@ -21,6 +25,12 @@ from gpt.runtime.distributed import World, join_world, lost_the_others, waited_t
 from gpt.runtime.parallel import checkpoint_activations
 
 CONFIG = {"vocab_size": 50, "context_length": 16, "n_layer": 4, "n_head": 2, "d_model": 32, "dropout": 0.3}
+LLAMA = GPTConfig(
+    50, 16, n_layer=4, n_head=4, n_kv_head=2, d_model=64, d_ff=160, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False
+)
+GPT2 = GPTConfig(50, 16, n_layer=4, n_head=4, d_model=64)
+# In bf16 without dropout all is native that can be on this CPU.
+KINDS = {"fp32": (GPTConfig(**CONFIG), torch.float32), "Llama bf16": (LLAMA, torch.bfloat16), "GPT-2 bf16": (GPT2, torch.bfloat16)}
 
 
 def kept_bytes(objective: NextTokenLoss, tokens: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -35,16 +45,23 @@ def kept_bytes(objective: NextTokenLoss, tokens: torch.Tensor) -> tuple[int, tor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        torch.manual_seed(1)
-        loss = objective(tokens, tokens)
+        loss = loss_of(objective, tokens)
     return sum(kept.values()), loss
+
+
+def loss_of(objective: NextTokenLoss, tokens: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1)
+    with Cpu("", objective.loss.dtype).autocast():
+        return objective(tokens, tokens)
 
 
 @pytest.mark.parametrize("how", ["full", "every_n", "selective"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_checkpointed_activations_change_nothing_but_the_memory(how, compiled):
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_activations_change_nothing_but_the_memory(how, compiled, kind):
     torch.manual_seed(0)
-    plain = NextTokenLoss(GPT(GPTConfig(**CONFIG)), LinearCrossEntropy())
+    config, dtype = KINDS[kind]
+    plain = NextTokenLoss(GPT(replace(config)), LinearCrossEntropy(dtype))
     objective = copy.deepcopy(plain)
     tokens = torch.randint(50, (8, 16))
     checkpoint_activations(list(objective.model.blocks), how, 2)
@@ -58,12 +75,33 @@ def test_checkpointed_activations_change_nothing_but_the_memory(how, compiled):
         assert torch.equal(loss, same)
         # Selective checkpointing keeps what it keeps in a place of its own, out of sight of the hooks.
         assert less < {"full": 0.3, "every_n": 0.7, "selective": 0.7}[how] * whole
-    torch.manual_seed(1)
-    plain(tokens, tokens).backward()
-    torch.manual_seed(1)
-    objective(tokens, tokens).backward()
+    loss_of(plain, tokens).backward()
+    loss_of(objective, tokens).backward()
     for (name, p), q in zip(plain.named_parameters(), objective.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, msg=name, **({"atol": 1e-5, "rtol": 1e-4} if compiled else {"atol": 0, "rtol": 0}))
+
+
+class _Operators(TorchDispatchMode):
+    """Counts how often each operator was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("how", "times"), [("none", 1), ("full", 2), ("selective", 1)])
+def test_selective_checkpointing_computes_no_attention_twice(how, times):
+    objective = NextTokenLoss(GPT(replace(LLAMA)), LinearCrossEntropy(torch.bfloat16))
+    checkpoint_activations(list(objective.model.blocks), how)
+    tokens = torch.randint(50, (8, 16))
+    with _Operators() as operators:
+        loss_of(objective, tokens).backward()
+    name = "gpt::causal_attention" if is_native(LLAMA.head_dim) else "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert operators.calls[name] == times * LLAMA.n_layer
 
 
 @pytest.mark.parametrize("how", ["none", "full", "selective"])

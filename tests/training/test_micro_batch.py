@@ -7,8 +7,9 @@ from gpt.model.config import GPTConfig
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.objective import NextTokenLoss
 from gpt.model.transformer import GPT
+from gpt.runtime.case import case_of
 from gpt.runtime.cpu import Cpu
-from gpt.runtime.memory import ROOM, case_of, needs
+from gpt.runtime.memory import ROOM, needs
 from gpt.runtime.neuron import CHIPS, Neuron
 from gpt.training.micro_batch import divisors, largest_by_formula, largest_that_fits, try_pass
 
