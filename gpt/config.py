@@ -228,6 +228,9 @@ class RunConfig:
     loss_on: LossOn = "auto"
     """finetune: what of an example is learned; auto: the completion, the assistant's turns, all of a text, or of a text with a class
     the class, at the text's last token; all: everything, and the class at every token, from what stands up to there."""
+    lm_weight: float = 0.0
+    """finetune, of rows with classes: the loss of the next tokens is learned beside that of the classes, times this (Radford et al., 2018,
+    took 0.5); 0: the classes alone."""
     unfreeze: list[UnfreezeConfig] = field(default_factory=list)
     """What of the frozen begins to train later: [{at: 500, blocks: "-2:"}, {at: 0.5, all: true}]."""
     layerwise_lr_decay: float = 1.0

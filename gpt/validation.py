@@ -27,7 +27,7 @@ def validate_run(c: RunConfig) -> None:
         ("checkpoint.keep_best", c.checkpoint.keep_best, 1), ("checkpoint.keep_every", c.checkpoint.keep_every, 0),
         ("train.activation_checkpointing_n", c.train.activation_checkpointing_n, 1),
         ("optimizer.weight_decay", c.optimizer.weight_decay, 0), ("optimizer.adam_weight_decay", c.optimizer.adam_weight_decay, 0),
-        ("schedule.warmup", c.schedule.warmup, 0),
+        ("schedule.warmup", c.schedule.warmup, 0), ("lm_weight", c.lm_weight, 0),
     ):  # fmt: skip
         at_least(key, value, low)
     at_least("train.sequence_length", c.train.sequence_length, 0)
@@ -106,6 +106,8 @@ def _validate_text(c: RunConfig) -> None:
         validate_text(c.data)
         if c.loss_on not in ("auto", "all"):
             raise UserError(f"loss_on={c.loss_on} is of examples to fine-tune on, and this is text; leave it out")
+        if c.lm_weight:
+            raise UserError(f"lm_weight={shown(c.lm_weight)} is of examples with classes to fine-tune on, and this is text; leave it out")
     _validate_metrics(c)
     validate_tokenizer(c.tokenizer)
     if c.adapt_tokenizer is not None and c.init is None:

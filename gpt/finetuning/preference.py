@@ -19,7 +19,7 @@ from torch import Tensor
 from gpt.data.batches import Batch
 from gpt.finetuning.row_store import RowStore, store_name
 from gpt.model.loss import IGNORE, LinearCrossEntropy, chunk_size, valid_rows
-from gpt.model.objective import NextTokenLoss
+from gpt.model.objective import NextTokenLoss, document_numbers
 from gpt.model.transformer import GPT
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
@@ -68,7 +68,7 @@ class PreferenceLoss(NextTokenLoss):
         assert not given
         hidden = self.hidden(tokens, targets, documents, states, start)
         nll = self.loss.each(hidden, self.model.head.weight, targets, rows)  # (B * T,)
-        places = _places(targets, documents)
+        places = document_numbers(targets, documents)
         of_documents = -nll.new_zeros(nll.shape).index_add(0, places, nll).view(targets.shape)
         if likelihoods:
             return of_documents
@@ -82,7 +82,7 @@ class PreferenceLoss(NextTokenLoss):
 
     def units(self, targets: Tensor, documents: Tensor | None = None) -> int:
         """How many pairs there are."""
-        return int(_pairs(targets, _places(targets, documents)).sum())
+        return int(_pairs(targets, document_numbers(targets, documents)).sum())
 
     @contextmanager
     def counting(self) -> Iterator[Tensor]:
@@ -98,12 +98,6 @@ class PreferenceLoss(NextTokenLoss):
             yield sums
         finally:
             self.told = None
-
-
-def _places(targets: Tensor, documents: Tensor | None) -> Tensor:
-    """(B * T,) int64: where, in a flat (B, T) tensor, stands what is said of each token's document."""
-    first = torch.arange(len(targets), device=targets.device)[:, None] * targets.shape[1]
-    return (first.expand_as(targets) if documents is None else first + documents).flatten()
 
 
 def _pairs(targets: Tensor, places: Tensor) -> Tensor:

@@ -162,11 +162,13 @@ class DistillationLoss(LinearCrossEntropy):
         targets: Tensor,
         rows: Tensor | None = None,
         bias: Tensor | None = None,
+        weights: Tensor | None = None,
         teacher: Answers | None = None,
     ) -> Tensor:
         """As of `LinearCrossEntropy`, with what the teacher answers to the same places."""
         if teacher is None:
-            return super().forward(hidden, weight, targets, rows, bias)
+            return super().forward(hidden, weight, targets, rows, bias, weights)
+        assert weights is None
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         if self._sums is None:  # also where this process learns nothing of the batch, for all have to tell figures or none
             self._sums = torch.zeros(2, device=hidden.device)

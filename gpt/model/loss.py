@@ -64,8 +64,8 @@ def _each_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
 
 
-def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_nll`, and its gradient with respect to the logits, (C, P) in their dtype."""
+def _nll_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `_nll`, each loss times its weight (C,), and the gradient with respect to the logits, (C, P) in their dtype."""
     wide = logits.float()
     peak = wide.amax(-1, keepdim=True)
     exp = (wide - peak).exp()
@@ -74,9 +74,11 @@ def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     columns = torch.arange(logits.shape[-1], device=logits.device)
     hit = columns == targets[:, None]  # (C, P)
     at_target = torch.where(hit, wide, 0.0).sum(-1, keepdim=True)
-    nll = torch.where(valid, total.log() + peak - at_target, 0.0).sum()
+    nll = torch.where(valid, total.log() + peak - at_target, 0.0)  # (C, 1)
     gradient = torch.where(valid, exp / total - hit.float(), 0.0)
-    return nll, gradient.to(logits.dtype)
+    if weights is not None:
+        nll, gradient = nll * weights[:, None], gradient * weights[:, None]
+    return nll.sum(), gradient.to(logits.dtype)
 
 
 def product_weight(weight: Tensor, dtype: torch.dtype, always: bool = False) -> Tensor:
@@ -262,7 +264,15 @@ class LinearCrossEntropy(nn.Module):
         """Fuse the softmax part with `torch.compile(**options)`; the matrix products stay as they are."""
         self.softmax = torch.compile(_nll_and_gradient, **options)
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: Tensor | None = None,
+        bias: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """The sum over the valid targets.
 
         Args:
@@ -271,21 +281,30 @@ class LinearCrossEntropy(nn.Module):
             targets: (...) int64 with IGNORE where nothing is learned.
             rows: (n,) of `valid_rows(targets, chunk_size(...))`, on the device; the only places then looked at. None: all.
             bias: (V,), of a head that has one.
+            weights: (...) fp32, by which each loss is multiplied; None: all by 1.
 
         Returns:
             Scalar, fp32.
         """
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        weights = None if weights is None else weights.reshape(-1)
         chunks = self.chunks(hidden, weight, rows)
+
+        def softmax(logits: Tensor, chunk: slice | Tensor) -> tuple[Tensor, Tensor]:
+            if weights is None:
+                return self.nll_and_gradient(logits, targets[chunk])
+            return self.softmax(logits, targets[chunk], weights[chunk])
+
         learns = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         if torch.is_grad_enabled() and learns:
-            return self.summed(hidden, weight, bias, chunks, lambda logits, chunk: self.nll_and_gradient(logits, targets[chunk]))
+            return self.summed(hidden, weight, bias, chunks, softmax)
         nll = hidden.new_zeros((), dtype=torch.float32)
         narrow = product_weight(weight, self.dtype)
         narrow_bias = product_bias(bias, narrow)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in chunks:
-                nll += _nll(product(hidden[chunk].to(self.dtype), narrow, narrow_bias, len(weight)), targets[chunk])
+                logits = product(hidden[chunk].to(self.dtype), narrow, narrow_bias, len(weight))
+                nll += _nll(logits, targets[chunk]) if weights is None else (_each_nll(logits, targets[chunk]) * weights[chunk]).sum()
         return nll
 
     def each(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:

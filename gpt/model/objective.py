@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gpt.model.loss import IGNORE, LinearCrossEntropy
@@ -65,3 +66,13 @@ class NextTokenLoss(nn.Module):
     def units(self, targets: Tensor, documents: Tensor | None = None) -> int:
         """What the sum of a batch's losses is divided by, given its targets and documents (B, T): how many targets count."""
         return int((targets != IGNORE).sum())
+
+    def figures(self, summed: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """As of `LinearCrossEntropy`."""
+        return self.loss.figures(summed)
+
+
+def document_numbers(targets: Tensor, documents: Tensor | None) -> Tensor:
+    """(B * T,) int64: where, in a flat (B, T) tensor, stands what is said of each token's document; there are at most T in a row."""
+    first = torch.arange(len(targets), device=targets.device)[:, None] * targets.shape[1]
+    return (first.expand_as(targets) if documents is None else first + documents).flatten()

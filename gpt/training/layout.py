@@ -25,6 +25,7 @@ from gpt.runtime.parallel import checkpoint_activations, place_weights, split_ma
 from gpt.training.checkpoint import digest
 from gpt.training.objectives import objective_for
 from gpt.training.packed_prefix import PackedPrefix, packs_prefix
+from gpt.typed import shown
 
 
 @dataclass
@@ -118,6 +119,11 @@ def first_weights(config: RunConfig, fresh: bool, say: Callable[[str], None], to
         assert tokenizer is not None
         origins = adapt_vocabulary(loaded.model, loaded.tokenizer, tokenizer, config.model.vocab_size, f"init={config.init}")
         say(f"tokenizer: {tokenizer.describe()}, in place of {loaded.tokenizer.describe()}; of its {origins}")
+    if config.lm_weight and not (loaded.model.config.tie_embeddings or loaded.model.config.head != "language_model"):
+        raise UserError(
+            f"lm_weight={shown(config.lm_weight)}: the next tokens are told by the embeddings, and init={config.init} has an output head "
+            "apart from them, which is not kept; leave it out, or start from a model that ties the two"
+        )
     try:
         kept = adopt(model, model.config, loaded.model, loaded.model.config)
     except ValueError as error:

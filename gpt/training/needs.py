@@ -11,6 +11,7 @@ from gpt.finetuning.distillation import TeacherGiver
 from gpt.finetuning.freezing import Plan
 from gpt.inference.loading import read_shape
 from gpt.model.config import LoRAConfig
+from gpt.model.loss import chunk_size
 from gpt.runtime.case import FLOAT, Case, case_of
 from gpt.runtime.device import Device
 from gpt.runtime.shapes import parameters
@@ -35,6 +36,8 @@ def run_case(
         beside = _teacher_bytes(config.distill.teacher, config.allow_pickle, device, teacher)
     elif paired:
         beside = _reference_bytes(case)
+    elif config.lm_weight:
+        beside = _next_token_bytes(case, device)
     return replace(case, beside=beside)
 
 
@@ -47,6 +50,14 @@ def _teacher_bytes(path: str, allow_pickle: bool, device: Device, teacher: Teach
     except UserError:  # of another architecture; if it cannot be had at all, loading it says so
         return 0.0
     return device.dtype.itemsize * sum(math.prod(p.shape) for p in parameters(shape))
+
+
+def _next_token_bytes(case: Case, device: Device) -> float:
+    """Of the next tokens' loss beside that of classes: both gradients, and a chunk's logits with what is made of them."""
+    rows, model = case.tokens, case.model
+    logits = min(rows, chunk_size(device.type, model.vocab_size, rows)) * model.vocab_size
+    gradients = case.width * rows * model.d_model + FLOAT * model.vocab_size * model.d_model * case.learns("embeddings.tokens")
+    return gradients + (2 * case.width if case.compiled else 23) * logits  # as `gpt.runtime.memory.passes` counts those of the head
 
 
 def _reference_bytes(case: Case) -> float:

@@ -20,6 +20,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.classification import observing
 from gpt.evaluation.perplexity import HeldOutLoss, score_batches
+from gpt.finetuning.auxiliary import AuxiliaryLanguageLoss
 from gpt.finetuning.config import DPOConfig
 from gpt.finetuning.distillation import TeacherGiver, TeacherRows, open_teacher
 from gpt.finetuning.freezing import plan_freezing
@@ -73,6 +74,12 @@ def objective_for(config: RunConfig, model: GPT, loss: LinearCrossEntropy, paire
     Raises:
         UserError: the config has settings for another, or a teacher that could not teach it.
     """
+    if config.lm_weight and (paired or config.model.head == "language_model"):
+        rows = "pairs of completions" if paired else "texts to continue"
+        raise UserError(
+            f"lm_weight={shown(config.lm_weight)} is of rows with classes (text and label, or tokens and tags), and these are {rows}; "
+            "leave it out"
+        )
     if paired:
         if config.distill.teacher is not None:
             raise UserError(
@@ -92,6 +99,8 @@ def objective_for(config: RunConfig, model: GPT, loss: LinearCrossEntropy, paire
                 f"distill.teacher={config.distill.teacher}: it teaches probabilities of tokens, and these rows have classes; leave it out"
             )
         loss = DistillationLoss(config.distill.temperature, config.distill.weight, loss.dtype, loss.chunk)
+    if config.lm_weight:
+        return AuxiliaryLanguageLoss(model, loss, config.lm_weight)
     return NextTokenLoss(model, loss)
 
 

@@ -195,8 +195,17 @@ class _Watched(nn.Module):
 class _ExactLoss(LinearCrossEntropy):
     """`LinearCrossEntropy` as it is written in books, in the dtype of the model."""
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: Tensor | None = None,
+        bias: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """hidden (B, T, E), weight (V, E), targets (B, T), bias (V,) -> the sum over the valid targets."""
+        assert weights is None, "what is compared is the loss of next tokens"
 
         def nll(hidden: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(F.linear(hidden, weight, bias), targets, ignore_index=IGNORE, reduction="sum")

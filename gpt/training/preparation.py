@@ -110,7 +110,8 @@ class PreparedRun:
             self.plan = plan = plan_freezing(config.freeze, config.unfreeze, shape, config.model.head != "language_model")
         layout = lay_out(config, start, self.compiled, world, self.device, plan.stages[0].names, self.paired)
         self.model, self.objective = layout.model, layout.objective
-        self.graphs = FixedGraphs(self.device, kinds_of_graphs(self.model, config.train) if self.compiled else ())
+        kinds = kinds_of_graphs(self.model, config.train) | ({("softmax", "next tokens")} if config.lm_weight else set())
+        self.graphs = FixedGraphs(self.device, kinds if self.compiled else ())
         self.unfreezing = Unfreezing(config, plan, self.model, self.objective, world, self.device)
         self.optimizers, self.average = self.unfreezing.optimizers, self.unfreezing.average
         self.batches: Batches = OneBatch(self.data.batches) if config.train.overfit else self.data.batches

@@ -396,8 +396,10 @@ def _charts(lines: list[dict[str, Any]], summary: Summary) -> list[Chart]:
         elif checks and summary.counted != summary.unit:
             y, learned, held_out = "loss, nats", f"training, per {summary.counted}", f"validation, per {summary.unit}"
         validation = [Curve(checks, held_out, SECOND, width=1.4, dots=40)] if checks else []
-        note = f"Dashed: after step {', '.join(f'{step:,}' for step in marks)} more parameters train." if marks else ""
-        add(title, noisy(training, learned) + validation, x, y, True, bool(checks), note, marks)
+        notes = [f"Dashed: after step {', '.join(f'{step:,}' for step in marks)} more parameters train."] if marks else []
+        if points(key, "lm_loss"):
+            notes.append("Training: with lm_weight times that of the next tokens; validation: the classes alone.")
+        add(title, noisy(training, learned) + validation, x, y, True, bool(checks), " ".join(notes), marks)
 
     scores = [(title, points("step", f"val_{name}")) for name, title in SCORES.items()]
     curves = [Curve(found, title, colour, dots=40) for (title, found), colour in zip(scores, SERIES, strict=False) if found]

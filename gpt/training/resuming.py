@@ -22,7 +22,7 @@ _MAY_CHANGE = (
     "data.fields.answers", "data.fields.test",
 )  # fmt: skip
 _MUST_STAY = (
-    "seed", "init", "loss_on", "train.batch_tokens", "train.sequence_length", "train.overfit", "train.ema", "optimizer.name",
+    "seed", "init", "loss_on", "lm_weight", "train.batch_tokens", "train.sequence_length", "train.overfit", "train.ema", "optimizer.name",
     "unfreeze", "layerwise_lr_decay", "adapt_tokenizer",
 )  # fmt: skip
 # Of the plan of what trains, what changes nothing in it.

@@ -137,7 +137,7 @@ class Step:
         givers: list[Giver] | None = None,
     ) -> None:
         inner = cast(NextTokenLoss, unwrapped(objective))
-        self.givers, self._units, self._loss = givers or [], inner.units, inner.loss
+        self.givers, self._units, self._figures = givers or [], inner.units, inner.figures
         self.objective, self.model, self.optimizers, self.average, self.counts = objective, model, optimizers, average, counts
         self.world, self.device, self.micro_batch, self.clock = world, device, micro_batch, clock
         self.grad_clip, self.skip_spikes = grad_clip, skip_spikes
@@ -181,7 +181,7 @@ class Step:
 
     def figures(self) -> dict[str, float]:
         """What the loss has to tell of the steps since it was last asked; all processes ask together."""
-        return self._loss.figures(self.world.sum_over_data)
+        return self._figures(self.world.sum_over_data)
 
     @torch.no_grad()
     def _update(self, nll: Tensor, units: int, targets: int, measure: bool) -> None:

@@ -68,6 +68,10 @@ def test_the_page_of_a_classifier(tmp_path):
     assert "<dt>Examples</dt>" in page
     assert "Bits per byte" not in page
     assert "tokens each" not in page
+    beside = "with lm_weight times that of the next tokens; validation: the classes alone"
+    assert beside not in page
+    (tmp_path / "metrics.jsonl").write_text("\n".join(line.replace('"loss": 1.0', '"loss": 1.0, "lm_loss": 0.8') for line in lines))
+    assert write_report(tmp_path, [], SUMMARY).read_text().count(beside) == 2, "under the loss by step, and by time"
     page = write_report(tmp_path, [], replace(SUMMARY, counted="token")).read_text()  # loss_on=all: learned at every token
     assert "<dt>Tokens</dt>" in page
     assert "tokens each" not in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gpt.training.needs import run_case
 from gpt.training.trainer import Trainer
 from tests.finetuning.test_preference_runs import PAIRS
 from tests.training.finetuning import SUMS, finetune_config, write_rows
+from tests.training.test_classifiers import THINGS
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -70,3 +72,19 @@ def test_what_trains_at_last_is_what_a_run_needs_memory_for(tmp_path, init):
     assert case.trains == trains
     assert case.depth == 0
     assert not case.learns("embeddings.")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_next_tokens_beside_classes_take_what_their_loss_takes(tmp_path, init, frozen):
+    """Of two runs that differ in nothing else: their loss over the vocabulary, as if it were the head's own."""
+    rows, found = write_rows(tmp_path / "rows.jsonl", THINGS), {}
+    plan = ["freeze=embeddings"] if frozen else []
+    for weight in (0, 0.5):
+        trainer = Trainer(finetune_config(tmp_path, init, rows, f"lm_weight={weight}", "precision=fp32", "train.budget=1steps", *plan))
+        trainer.fit()
+        found[weight] = trainer.case()
+    case = found[0]
+    assert (case.beside, replace(found[0.5], beside=0.0)) == (0, case)
+    vocabulary, d = case.model.vocab_size, case.model.d_model
+    gradients = 4 * (case.tokens * d + (0 if frozen else vocabulary * d))
+    assert gradients + 4 * case.tokens * vocabulary < found[0.5].beside < gradients + 32 * case.tokens * vocabulary
