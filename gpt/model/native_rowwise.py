@@ -1,8 +1,7 @@
 """Norms, activations and the loss between bf16 products on a CPU in C++ (`rowwise.cpp`), the first two as operators that torch
 differentiates and compiles around.
 
-Compiled by torch, an activation takes twice as long for its exponential, and the gradients of a norm's weights, sums down columns, ten
-times (benchmarks/RESULTS.md, "Parts").
+They take less time than what torch compiles, activations most (benchmarks/RESULTS.md, "Between products").
 """
 
 from __future__ import annotations
