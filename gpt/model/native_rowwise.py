@@ -80,10 +80,15 @@ def native_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
     Returns:
         Scalar, fp32, and (C, P) bf16, the same tensor as `logits`.
+
+    Raises:
+        IndexError: a target is beyond the logits, which C++ would write to.
     """
     losses, targets = torch.empty(len(logits)), targets.contiguous()
     assert logits.is_contiguous()
     assert targets.dtype == torch.int64
+    if len(targets) and (highest := int(targets.max())) >= logits.shape[1]:
+        raise IndexError(f"target {highest} is beyond {logits.shape[1]} logits")
     _call("cross_entropy", logits, targets, losses, *_sizes(logits))
     return losses.sum(), logits
 

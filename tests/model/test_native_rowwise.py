@@ -96,6 +96,12 @@ def test_the_loss_and_its_gradient(width):
     torch.testing.assert_close(gradient.double(), wide.grad, rtol=2**-8, atol=1e-6)
 
 
+def test_a_target_beyond_the_logits_is_refused():
+    with pytest.raises(IndexError, match="target 64 is beyond 64 logits"):
+        native_cross_entropy(torch.zeros(3, 64).bfloat16(), torch.tensor([1, 64, IGNORE]))
+    assert native_cross_entropy(torch.zeros(0, 64).bfloat16(), torch.zeros(0, dtype=torch.int64))[0] == 0
+
+
 def test_a_row_of_the_loss_that_is_no_number():
     logits = torch.randn(3, 64).bfloat16()
     logits[1, 7] = torch.nan
