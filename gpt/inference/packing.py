@@ -9,6 +9,7 @@ from gpt.inference.native_step import native_obstacle
 from gpt.model.attention import Attention
 from gpt.model.feedforward import FeedForward
 from gpt.model.lora import merge
+from gpt.model.native_products import is_plain
 from gpt.model.transformer import GPT
 
 _linear = torch.ops.mkldnn._linear_pointwise.default
@@ -86,7 +87,7 @@ def pack_for_inference(model: GPT, rows: int = 1) -> str:
         return "torch"
     join_projections(model)
     for module in list(model.modules()):
-        if type(module) is nn.Linear:
+        if is_plain(module):
             module.weight.data = module.weight.contiguous()  # GPT-2's, from a file, lie transposed
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Dropout):  # which does nothing here, but not in no time
@@ -108,9 +109,9 @@ def _pack(model: GPT, by_rows: bool) -> None:
     for module in list(model.modules()):
         if isinstance(module, FeedForward):
             name = "up" if module.gate is None else "gate"
-            if type(linear := getattr(module, name)) is nn.Linear:
+            if is_plain(linear := getattr(module, name)):
                 setattr(module, name, PackedLinear(linear, module.activation, by_rows))
                 module.activation = nn.Identity()
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            if is_plain(child):
                 setattr(module, name, PackedLinear(child, by_rows=by_rows))

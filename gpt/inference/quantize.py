@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gpt.errors import UserError
 from gpt.inference.packing import join_projections
+from gpt.model.native_products import is_plain
 from gpt.model.transformer import GPT
 
 # torch's int8 kernel for bf16 rows does one row after another: fast as long as reading the weights is what takes the time.
@@ -68,7 +69,7 @@ def quantize_int8(model: GPT) -> None:
     join_projections(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if is_plain(child):
                 # A copy of the module alone: quantize_ replaces its weight, which the embedding may share.
                 shell = nn.Sequential(nn.Linear(1, 1, bias=False, device="meta"))
                 shell[0].weight = nn.Parameter(child.weight.detach().contiguous(), requires_grad=False)

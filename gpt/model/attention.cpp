@@ -1,33 +1,22 @@
 // Causal attention in bf16 on a CPU with AVX512-BF16, forward and backward (Dao et al., "FlashAttention", 2022): scores are made in the
 // cache, a block of rows at a time, and never leave it.
 //
-// One thread does all of one key/value head of one sequence, so that results do not depend on the number of threads. The instruction
-// multiplies pairs of bf16: C += A B takes A row by row, two neighbours of a row at once, and B as "pairs down", two rows at a column
-// in 32 bits. What is "across" is transposed on the way, so that two columns at a row are such a pair.
+// One thread does all of one key/value head of one sequence, so that results do not depend on the number of threads.
 // `native_library.py` builds and loads this, `native_attention.py` calls it; the structs below are mirrored there, field by field.
 //
 // Shapes: B batch, H query heads, K key/value heads, T tokens, D head_dim, a multiple of 16; P is T rounded up to whole blocks, and W
 // the length of a stored row of P columns, which is no power of two, for such rows would share few places of the cache.
 
-#include <cstdint>
+#include "avx512_bf16.h"
 
-// Where there are matrix units (AMX) torch's products use them, and these would not.
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
+#ifdef GPT_AVX512_BF16
 
-#include <immintrin.h>
-
-#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 
 namespace {
 
-using bfloat16 = uint16_t;
-
-constexpr int64_t LANES = 16;    // fp32 in a register
 constexpr int64_t ROWS = 8;      // that `product` makes at once, two registers wide: 16 sums hide how long one takes
 constexpr int64_t COLUMNS = 32;
 constexpr int64_t QUERIES = 32;  // a block of forward: all of their scores are kept at once
@@ -49,36 +38,6 @@ struct Inputs {
     int64_t mask_batch;    // its stride
 };
 
-// Memory of a thread, kept from call to call.
-class Scratch {
-  public:
-    ~Scratch() { std::free(data_); }
-
-    // Room for so many bytes; what was taken before is gone.
-    void reset(int64_t bytes) {
-        used_ = 0;
-        if (bytes <= size_) return;
-        std::free(data_);
-        size_ = (bytes + 4095) / 4096 * 4096;
-        data_ = static_cast<char *>(std::aligned_alloc(4096, size_));
-        if (!data_) std::abort();  // there is no way to throw out of a parallel region
-    }
-
-    template <class T> T *take(int64_t n) {
-        T *result = reinterpret_cast<T *>(data_ + used_);
-        used_ += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
-        if (used_ > size_) std::abort();
-        return result;
-    }
-
-  private:
-    char *data_ = nullptr;
-    int64_t size_ = 0, used_ = 0;
-};
-thread_local Scratch scratch;
-
-int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // A matrix in pairs of bf16, and how many there are in a row.
 struct Pairs {
     const uint32_t *data;
@@ -87,19 +46,6 @@ struct Pairs {
 
 Pairs across(const bfloat16 *x, int64_t columns) { return {reinterpret_cast<const uint32_t *>(x), columns / 2}; }
 
-__m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-
-__m512 widened(const bfloat16 *x) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x))); }
-
-__m256i narrowed(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-void store(bfloat16 *x, __m256i values) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(x), values); }
-
-// Two rows as pairs down.
-__m512i interleaved(__m256i upper, __m256i lower) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(upper), _mm512_slli_epi32(_mm512_cvtepu16_epi32(lower), 16));
-}
-
 __m512i lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 // Of row `row` of a mask at 16 columns, times log2(e); beyond T it is 0.
@@ -107,46 +53,6 @@ __m512 masked(const bfloat16 *mask, int64_t T, int64_t row, int64_t column) {
     const __mmask16 inside = column >= T ? 0 : T - column >= LANES ? 0xffff : (1u << (T - column)) - 1;
     const __m256i values = _mm256_maskz_loadu_epi16(inside, mask + std::min(row, T - 1) * T + column);
     return _mm512_mul_ps(widened(values), _mm512_set1_ps(LOG2_E));
-}
-
-// 2^x to fp32's rounding by a polynomial; NaN stays NaN, -infinity gives 0.
-__m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.f), x);  // the second operand is what comes back where either is NaN
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, n);
-    __m512 y = _mm512_set1_ps(1.3333558146428443e-3f);  // log(2)^i / i!
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291076284772e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504108664821580e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022650695910072e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718055994531e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(y, n);
-}
-
-void transpose(__m512i (&r)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
 }
 
 // y[column][row] = x[row][column], of pairs; rows a multiple of 16.
@@ -169,9 +75,8 @@ void copy(const Heads &x, int64_t b, int64_t h, int64_t T, int64_t P, int64_t D,
 
 // (P, D) -> pairs down (P / 2, D).
 void pair_down(const bfloat16 *x, int64_t P, int64_t D, uint32_t *y) {
-    const auto at = [&](int64_t t, int64_t d) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x + t * D + d)); };
     for (int64_t t = 0; t < P; t += 2)
-        for (int64_t d = 0; d < D; d += LANES) _mm512_storeu_si512(y + t / 2 * D + d, interleaved(at(t, d), at(t + 1, d)));
+        for (int64_t d = 0; d < D; d += LANES) _mm512_storeu_si512(y + t / 2 * D + d, interleaved(loaded(x + t * D + d), loaded(x + (t + 1) * D + d)));
 }
 
 // c[m][n] += sum over k of a[m][k] b[k][n], k counting pairs, n registers.

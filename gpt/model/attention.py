@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gpt.model.config import GPTConfig
 from gpt.model.kernels import kernels_of
 from gpt.model.native_attention import is_native, native_causal_attention
+from gpt.model.native_products import Linear
 from gpt.model.positions import rotate
 
 # On a CPU attention is native in bf16 where that is possible (`native_attention.py`). Where it is not, products of blocks of queries with
@@ -236,12 +237,12 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         query_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         qkv_bias = config.bias or config.qkv_bias
-        self.q = nn.Linear(config.d_model, query_width, bias=qkv_bias)
-        self.k = nn.Linear(config.d_model, kv_width, bias=qkv_bias)
-        self.v = nn.Linear(config.d_model, kv_width, bias=qkv_bias)
+        self.q = Linear(config.d_model, query_width, bias=qkv_bias)
+        self.k = Linear(config.d_model, kv_width, bias=qkv_bias)
+        self.v = Linear(config.d_model, kv_width, bias=qkv_bias)
         self.widths = [query_width, kv_width, kv_width]
         self.qkv: nn.Module | None = None  # the three in one, where `gpt.inference.packing` has joined them
-        self.out = nn.Linear(query_width, config.d_model, bias=config.bias)
+        self.out = Linear(query_width, config.d_model, bias=config.bias)
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.model.native_products import Linear, is_plain
+
 if TYPE_CHECKING:
     from gpt.model.config import LoRAConfig
     from gpt.model.transformer import GPT
@@ -170,7 +172,8 @@ def attach(model: GPT, ranks: Mapping[str, tuple[int, float]], dropout: float = 
     for name, (rank, scale) in ranks.items():
         parent, _, last = name.rpartition(".")
         linear = model.get_submodule(name)
-        assert type(linear) is nn.Linear, name
+        assert isinstance(linear, nn.Linear), name
+        assert is_plain(linear), name
         setattr(model.get_submodule(parent), last, LoRALinear(linear, rank, scale, dropout, dora))
 
 
@@ -217,7 +220,7 @@ def merge(model: GPT) -> None:
     """Turn every adapted layer into a plain one that computes the same, in place."""
     for name, layer in adapted(model).items():
         parent, _, last = name.rpartition(".")
-        plain = nn.Linear(1, 1, bias=False, device="meta")
+        plain = Linear(1, 1, bias=False, device="meta")
         plain.in_features, plain.out_features = layer.in_features, layer.out_features
         plain.weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.weight.requires_grad)
         plain.bias = layer.bias

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.model.kernels import kernels_of
+from gpt.model.native_products import multiply, multiply_transposed, pack_for_backward, pack_for_forward, suits_product
 from gpt.model.native_rowwise import native_cross_entropy, suits_products
 
 IGNORE = -100  # the target of a token that is not to be learned from, torch's convention
@@ -105,6 +106,48 @@ def product(rows: Tensor, narrow: Tensor, bias: Tensor | None, vocab_size: int, 
     return logits
 
 
+class _HeadProducts:
+    """Products with the head's weight in the dtype of products, chunk by chunk; where they are native it is laid out for them once.
+
+    Args:
+        weight: (V, E).
+        bias: (V,), of a head that has one.
+        dtype: of the products.
+        rows: of a chunk, at most.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
+        self.vocab_size = len(weight)
+        self.narrow = product_weight(weight, dtype)  # (P, E)
+        self._bias = product_bias(bias, self.narrow)
+        self.is_native = suits_product(self.narrow.new_empty(rows, 0), self.narrow)
+        self._forward = pack_for_forward(self.narrow) if self.is_native else None
+        self._backward: Tensor | None = None
+
+    def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """(C, E) -> (C, P), with no probability left to the columns beyond the vocabulary."""
+        if self._forward is None:
+            return product(rows, self.narrow, self._bias, self.vocab_size, out)
+        logits = multiply(rows, self._forward, len(self.narrow), self._bias, out)
+        logits[:, self.vocab_size :] = float("-inf")
+        return logits
+
+    def of_rows(self, gradient: Tensor) -> Tensor:
+        """(C, P) -> (C, E)."""
+        if not self.is_native:
+            return gradient @ self.narrow
+        if self._backward is None:
+            self._backward = pack_for_backward(self.narrow)
+        return multiply(gradient, self._backward, self.narrow.shape[1])
+
+    def add_of_weight(self, gradient: Tensor, rows: Tensor, to: Tensor) -> None:
+        """(C, P), (C, E), added to (P, E) fp32."""
+        if self.is_native:
+            multiply_transposed(gradient, rows, to, add=True)
+        else:
+            to += gradient.T @ rows
+
+
 class _WeightGradient:
     """The gradient of the head's weight (P, E) in fp32, added up chunk by chunk, or by several chunks where adding costs much.
 
@@ -112,8 +155,10 @@ class _WeightGradient:
     is then longer, and its result is widened and added less often.
     """
 
-    def __init__(self, narrow: Tensor, rows: int, chunk: int) -> None:
+    def __init__(self, products: _HeadProducts, rows: int, chunk: int) -> None:
         """For so many rows in all, in chunks of at most so many."""
+        narrow = products.narrow
+        self._products = products
         self.sum = torch.zeros(narrow.shape, dtype=torch.float32, device=narrow.device)
         most = kernels_of(narrow.device.type).gradient_bytes // (len(narrow) * narrow.element_size()) // chunk * chunk
         self._waiting = narrow.new_empty(min(most, rows), len(narrow)) if chunk < min(most, rows) and suits_products(narrow) else None
@@ -131,7 +176,7 @@ class _WeightGradient:
     def add(self, gradient: Tensor, rows: Tensor, place: Tensor | None) -> None:
         """A chunk: the gradient of its logits (C, P), what the head read (C, E), and the place that it was given."""
         if place is None:
-            self.sum += gradient.T @ rows
+            self._products.add_of_weight(gradient, rows, self.sum)
             return
         if gradient.data_ptr() != place.data_ptr():
             place.copy_(gradient)
@@ -142,7 +187,7 @@ class _WeightGradient:
         """Add what waits."""
         if self._rows:
             assert self._waiting is not None
-            self.sum += self._waiting[: self._used].T @ torch.cat(self._rows)
+            self._products.add_of_weight(self._waiting[: self._used], torch.cat(self._rows), self.sum)
             self._rows, self._used = [], 0
 
 
@@ -157,20 +202,20 @@ class _Function(torch.autograd.Function):
         chunks: list[slice | Tensor],
         softmax: Callable[[Tensor, slice | Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        narrow = product_weight(weight, dtype)  # (P, E)
-        narrow_bias = product_bias(bias, narrow)
-        hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
         sizes = [len(range(len(hidden))[chunk]) if isinstance(chunk, slice) else len(chunk) for chunk in chunks]
-        weight_gradient = _WeightGradient(narrow, sum(sizes), max(sizes, default=1)) if ctx.needs_input_grad[1] else None
-        bias_gradient = torch.zeros(len(narrow), dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[2] else None
+        most = max(sizes, default=1)
+        products = _HeadProducts(weight, bias, dtype, most)
+        hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        weight_gradient = _WeightGradient(products, sum(sizes), most) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros(len(products.narrow), dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[2] else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         for chunk in chunks:
             rows = hidden[chunk].to(dtype)  # (C, E)
             place = None if weight_gradient is None else weight_gradient.place(len(rows))
-            part, gradient = softmax(product(rows, narrow, narrow_bias, len(weight), place), chunk)
+            part, gradient = softmax(products.logits(rows, place), chunk)
             nll += part
             if hidden_gradient is not None:
-                hidden_gradient[chunk] = gradient @ narrow
+                hidden_gradient[chunk] = products.of_rows(gradient)
             if weight_gradient is not None:
                 weight_gradient.add(gradient, rows, place)
             if bias_gradient is not None:

@@ -66,7 +66,8 @@ def _find_or_build(source: Path, command: list[str], cache: str) -> ctypes.CDLL:
         raise UnavailableError(f"{command[0]} has no OpenMP")
     try:
         folder = Path(cache).expanduser()
-        key = _hash("\0".join([*command, macros]).encode() + source.read_bytes())
+        headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]
+        key = _hash(b"".join(["\0".join([*command, macros]).encode(), source.read_bytes(), *headers]))
         for path in folder.glob(f"{key}-*.so"):
             if path.name == f"{key}-{_hash(path.read_bytes())}.so":
                 return ctypes.CDLL(str(path))

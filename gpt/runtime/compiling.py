@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpt.config import TrainConfig
 from gpt.errors import UserError
-from gpt.model import native_attention, native_rowwise
+from gpt.model import native_attention, native_products, native_rowwise
 from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.kernels import kernels_of
 from gpt.model.loss import LinearCrossEntropy
@@ -237,6 +237,7 @@ def compile_model(model: GPT, loss: LinearCrossEntropy, device: Device) -> None:
     if kernels_of(device.type).native and device.dtype == torch.bfloat16:  # to be found, or built, now: not while torch traces
         native_attention.is_native(model.config.head_dim)
         native_rowwise.is_native()
+        native_products.is_native()
     torch._dynamo.config.optimize_ddp = False  # it would cut a large block's graph where DDP's buckets end
     torch._dynamo.config.recompile_limit = 64  # of a block: more than there are kinds of them over all stages of a plan
     for block in model.blocks:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gpt.inference.packing import PackedLinear, joined, packs
 from gpt.model import native_rowwise
 from gpt.model.attention import KVCache
+from gpt.model.native_products import is_plain
 from gpt.model.native_rowwise import add_to
 from gpt.model.transformer import GPT, Block
 from gpt.runtime.device import Device
@@ -47,7 +48,7 @@ class PackedPrefix:
         assert isinstance(block, Block)
         attention, feedforward = block.attention, block.feedforward
         linears = [attention.q, attention.k, attention.v, attention.out, feedforward.up, feedforward.down, feedforward.gate]
-        if any(type(linear) is not nn.Linear for linear in linears if linear is not None):
+        if not all(is_plain(linear) for linear in linears if linear is not None):
             return block
         with torch.device("meta"):
             twin = _PackedBlock(self._model.config, attention.layer)

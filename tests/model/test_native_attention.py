@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -183,5 +185,6 @@ class TestObstacles:
     def test_another_processor(self, monkeypatch, tmp_path):
         source = tmp_path / "attention.cpp"
         source.write_text("#undef __AVX512BF16__\n" + native_attention._SOURCE.read_text())
+        shutil.copy(native_attention._SOURCE.with_name("avx512_bf16.h"), tmp_path)
         monkeypatch.setattr(native_attention, "_SOURCE", source)
         assert native_attention_obstacle(64) == "the CPU has no AVX512-BF16, or matrix units besides"
