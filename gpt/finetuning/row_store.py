@@ -98,10 +98,10 @@ class RowStore:
 
     def read(self, numbers: np.ndarray) -> Tensor:
         """(n, *shape) on the CPU: the rows of these numbers, which `holds` has found; zeros for padding."""
-        rows = torch.from_numpy(self._bytes[numbers])  # a copy
+        rows = self._bytes[numbers]  # a copy
         self._give_back(len(numbers))
-        rows[torch.from_numpy(numbers < 0)] = 0
-        return rows.view(self.dtype).view(len(numbers), *self.shape)
+        rows[np.flatnonzero(numbers < 0)] = 0
+        return torch.from_numpy(rows).view(self.dtype).view(len(numbers), *self.shape)
 
     def _give_back(self, rows: int) -> None:
         """Count rows as touched, and let go of the pages when they are many: they stay in the system's cache, but are not ours."""

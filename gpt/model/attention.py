@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt.model.config import GPTConfig
 from gpt.model.kernels import kernels_of
 from gpt.model.native_attention import is_native, native_causal_attention
-from gpt.model.native_products import Linear
+from gpt.model.native_products import Linear, native_projections, suits_together
 from gpt.model.positions import rotate
 
 # On a CPU attention is native in bf16 where that is possible (`native_attention.py`). Where it is not, products of blocks of queries with
@@ -249,7 +249,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, T, E), rotary = (cos, sin) each (T, R) or (B, 1, T, R), mask as for `causal_attention` -> (B, T, E)."""
         B, T, _ = x.shape
-        q, k, v = (self.q(x), self.k(x), self.v(x)) if self.qkv is None else self.qkv(x).split(self.widths, dim=-1)
+        if self.qkv is not None:
+            q, k, v = self.qkv(x).split(self.widths, dim=-1)
+        elif suits_together(x, self.q, self.k, self.v):
+            q, k, v = native_projections(x, self.q, self.k, self.v)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)

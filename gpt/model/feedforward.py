@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gpt.model.config import GPTConfig
 from gpt.model.kernels import kernels_of
-from gpt.model.native_products import Linear, is_plain, native_feedforward, suits_product
+from gpt.model.native_products import Linear, native_feedforward, suits_together
 from gpt.model.native_rowwise import native_gelu, native_swiglu, suits_products
 
 
@@ -47,17 +47,6 @@ class FeedForward(nn.Module):
             gate, up = self.gate(x), self.up(x)
             is_native = isinstance(self.activation, nn.SiLU) and suits_products(gate)  # where weights are packed the gate has it in it
             return self.down(native_swiglu(gate, up) if is_native else self.activation(gate) * up)
-        if self._is_one_call(x):
+        if type(self.activation) is GELUTanh and not self.activation._forward_hooks and suits_together(x, self.up, self.down):
             return native_feedforward(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
         return self.down(self.activation(self.up(x)))
-
-    def _is_one_call(self, x: Tensor) -> bool:
-        """Whether both products and the activation between them are one operator, and nobody wants to see what is between."""
-        parts = (self.up, self.activation, self.down)
-        return (
-            type(self.activation) is GELUTanh
-            and is_plain(self.up)
-            and is_plain(self.down)
-            and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in parts)
-            and suits_product(x, self.up.weight, self.down.weight)
-        )

@@ -143,7 +143,7 @@ class _HeadProducts:
     def add_of_weight(self, gradient: Tensor, rows: Tensor, to: Tensor) -> None:
         """(C, P), (C, E), added to (P, E) fp32."""
         if self.is_native:
-            multiply_transposed(gradient, rows, to, add=True)
+            multiply_transposed([gradient], rows, [to], add=True)
         else:
             to += gradient.T @ rows
 

@@ -5,13 +5,15 @@
 // multiplication", 2008). What is read column by column lies in panels of so many columns, pairs down. No sum depends on the number of threads.
 // `native_library.py` builds and loads this, `native_products.py` calls it.
 //
-// Shapes: M rows, K what is summed over, N columns; O outputs and I inputs of a layer; but for M all are multiples of 16.
+// Shapes: M rows, K what is summed over, N columns; O outputs and I inputs of a layer; but for M all are multiples of 16. `Factors` and
+// `Layer` are mirrored in `native_products.py`, field by field.
 
 #include "avx512_bf16.h"
 
 #ifdef GPT_AVX512_BF16
 
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -25,14 +27,34 @@ constexpr int64_t MOST_ROWS = 768, MOST_COLUMNS = 768;  // of the part of it tha
 
 enum class End { PLAIN, GELU, GELU_GRADIENT };
 
-struct Product {
+struct Factors {
     const bfloat16 *x;       // (M, K)
     const uint32_t *packed;  // (K, N) in panels
+    int64_t K;
+};
+
+struct Product {
+    const Factors *terms;  // whose products are added up
+    int64_t count;
     const float *bias;       // (N,), or null
     bfloat16 *y;             // (M, N)
     bfloat16 *activated;     // (M, N) GELU of y, or of `before`
     const bfloat16 *before;  // (M, N): y is the product times the derivative of GELU there
-    int64_t M, K, N;
+    int64_t M, N;
+};
+
+// Some pairs of one of the terms of a product.
+struct Part {
+    const Factors *term;
+    int64_t first, count;
+};
+
+// One of the layers that read the same x.
+struct Layer {
+    const bfloat16 *gradient;  // (M, O)
+    float *of_weight;          // (O, I)
+    float *of_bias;            // (O,), or null
+    int64_t O;
 };
 
 // GELU by its tanh approximation is x sigmoid(slope x + cubic x^3). Results are rounded to bf16, so a quotient to 2^-14 is enough.
@@ -86,29 +108,34 @@ template <End END> inline void finish(const Product &p, int64_t at, __m512 sum) 
     if (END == End::GELU) store(p.activated + at, narrowed(Gelu(widened(narrowed(sum))).value()));
 }
 
-// M rows from `row` on of so many vectors from `column` on. Where K is deep, sums wait in `partial` (M, PANEL) from one call to the next.
-template <int M, End END> void tile(const Product &p, int64_t row, int64_t column, int64_t vectors, int64_t depth, float *partial) {
-    const int64_t pairs = p.K / 2, end = std::min(depth + DEPTH, pairs);
+// M rows from `row` on of so many vectors from `column` on: the sum over these parts, and what is in `partial` (M, PANEL) unless they are the
+// first; to `partial`, unless they are the last.
+template <int M, End END>
+void tile(const Product &p, int64_t row, int64_t column, int64_t vectors, const Part *parts, const Part *end, bool is_first, bool is_last,
+          float *partial) {
     __m512 sums[M][VECTORS];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < VECTORS; ++n)
-            sums[m][n] = depth                     ? _mm512_loadu_ps(partial + m * PANEL + n * LANES)
+            sums[m][n] = !is_first               ? _mm512_loadu_ps(partial + m * PANEL + n * LANES)
                          : p.bias && n < vectors ? _mm512_loadu_ps(p.bias + column + n * LANES)
-                                                   : _mm512_setzero_ps();
-    if (end == pairs) {
+                                                 : _mm512_setzero_ps();
+    if (is_last) {
         const int64_t at = row * p.N + column;
         fetch<M>(p.y + at, p.N, vectors);
         if (END != End::PLAIN) fetch<M>(p.activated + at, p.N, vectors);
         if (END == End::GELU_GRADIENT) fetch<M>(p.before + at, p.N, vectors);
     }
-    const uint32_t *left = reinterpret_cast<const uint32_t *>(p.x) + row * pairs;
-    add<M, false>(left + depth, pairs, p.packed + column * pairs + depth * PANEL, end - depth, sums);
+    for (; parts < end; ++parts) {
+        const int64_t pairs = parts->term->K / 2;
+        const uint32_t *left = reinterpret_cast<const uint32_t *>(parts->term->x) + row * pairs, *right = parts->term->packed + column * pairs;
+        add<M, false>(left + parts->first, pairs, right + parts->first * PANEL, parts->count, sums);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
         for (int n = 0; n < VECTORS; ++n) {
-            if (end < pairs)
+            if (!is_last)
                 _mm512_storeu_ps(partial + m * PANEL + n * LANES, sums[m][n]);
             else if (n < vectors)
                 finish<END>(p, (row + m) * p.N + column + n * LANES, sums[m][n]);
@@ -128,17 +155,35 @@ template <class F> inline void by_rows(int64_t rows, F f) {
     }
 }
 
+// A product's parts, in groups of which each is DEPTH pairs long or less: where the groups begin, and the end.
+std::vector<int64_t> cut(const Product &p, std::vector<Part> &parts) {
+    std::vector<int64_t> groups;
+    int64_t depth = DEPTH;
+    for (const Factors *term = p.terms; term < p.terms + p.count; ++term)
+        for (int64_t first = 0; first < term->K / 2; first += DEPTH) {
+            const Part part{term, first, std::min(DEPTH, term->K / 2 - first)};
+            if (depth + part.count > DEPTH) groups.push_back(parts.size()), depth = 0;
+            depth += part.count;
+            parts.push_back(part);
+        }
+    groups.push_back(parts.size());
+    return groups;
+}
+
 template <End END> void multiply(const Product &p, int64_t threads) {
-    const int64_t each = rounded_up((p.M + threads - 1) / threads, ROWS);
+    std::vector<Part> parts;
+    const std::vector<int64_t> groups = cut(p, parts);
+    const int64_t each = rounded_up((p.M + threads - 1) / threads, ROWS), last = groups.size() - 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t start = 0; start < p.M; start += each) {
         alignas(64) float partial[CHUNK * PANEL];
         for (int64_t row = start; row < std::min(p.M, start + each); row += CHUNK) {
             const int64_t rows = std::min(CHUNK, std::min(p.M, start + each) - row);
             for (int64_t column = 0; column < p.N; column += PANEL)
-                for (int64_t depth = 0; depth < p.K / 2; depth += DEPTH)
+                for (int64_t g = 0; g <= last; ++g)
                     by_rows(rows, [&](int64_t m, auto count) {
-                        tile<count, END>(p, row + m, column, std::min(VECTORS, (p.N - column) / LANES), depth, partial + m * PANEL);
+                        tile<count, END>(p, row + m, column, std::min(VECTORS, (p.N - column) / LANES), &parts[groups[g]],
+                                         parts.data() + groups[g + 1], g == 0, g == last, partial + m * PANEL);
                     });
         }
     }
@@ -259,53 +304,64 @@ void pack_for_backward(const void *weight, bool is_wide, int64_t O, int64_t I, u
             : pack_columns(static_cast<const bfloat16 *>(weight), O, I, packed, threads);
 }
 
-// y = x W + bias.
-void multiply(const bfloat16 *x, const uint32_t *packed, const float *bias, bfloat16 *y, int64_t M, int64_t K, int64_t N, int64_t threads) {
-    multiply<End::PLAIN>({x, packed, bias, y, nullptr, nullptr, M, K, N}, threads);
+// y = the sum of all x W, and bias.
+void multiply(const Factors *terms, int64_t count, const float *bias, bfloat16 *y, int64_t M, int64_t N, int64_t threads) {
+    multiply<End::PLAIN>({terms, count, bias, y, nullptr, nullptr, M, N}, threads);
 }
 
 // And GELU of it.
-void multiply_gelu(const bfloat16 *x, const uint32_t *packed, const float *bias, bfloat16 *y, bfloat16 *activated, int64_t M, int64_t K,
-                   int64_t N, int64_t threads) {
-    multiply<End::GELU>({x, packed, bias, y, activated, nullptr, M, K, N}, threads);
+void multiply_gelu(const Factors *terms, int64_t count, const float *bias, bfloat16 *y, bfloat16 *activated, int64_t M, int64_t N,
+                   int64_t threads) {
+    multiply<End::GELU>({terms, count, bias, y, activated, nullptr, M, N}, threads);
 }
 
-// y = x W times the derivative of GELU at `before`, and GELU there.
-void multiply_gelu_gradient(const bfloat16 *x, const uint32_t *packed, const bfloat16 *before, bfloat16 *y, bfloat16 *activated, int64_t M,
-                            int64_t K, int64_t N, int64_t threads) {
-    multiply<End::GELU_GRADIENT>({x, packed, nullptr, y, activated, before, M, K, N}, threads);
+// y = the sum of all x W times the derivative of GELU at `before`, and GELU there.
+void multiply_gelu_gradient(const Factors *terms, int64_t count, const bfloat16 *before, bfloat16 *y, bfloat16 *activated, int64_t M,
+                            int64_t N, int64_t threads) {
+    multiply<End::GELU_GRADIENT>({terms, count, nullptr, y, activated, before, M, N}, threads);
 }
 
-// of_weight (O, I) = gradient (M, O) transposed times x (M, I), or += where it is added; of_bias (O,), or null, likewise.
-void multiply_transposed(const bfloat16 *gradient, const bfloat16 *x, float *of_weight, float *of_bias, int64_t M, int64_t O, int64_t I,
-                         bool is_added, int64_t threads) {
-    int64_t row_parts = (O + MOST_ROWS - 1) / MOST_ROWS;
+// Of each layer of_weight = gradient transposed times x (M, I), and of_bias the sum of gradient's rows; or += where they are added.
+void multiply_transposed(const Layer *layers, int64_t count, const bfloat16 *x, int64_t M, int64_t I, bool is_added, int64_t threads) {
+    int64_t outputs = 0, fewest = INT64_MAX;
+    for (int64_t n = 0; n < count; ++n) outputs += layers[n].O, fewest = std::min(fewest, layers[n].O);
     const int64_t column_parts = (I + MOST_COLUMNS - 1) / MOST_COLUMNS, columns = rounded_up((I + column_parts - 1) / column_parts, PANEL);
-    while (row_parts * column_parts % threads && row_parts < O / STRIP) ++row_parts;
-    const int64_t rows = rounded_up((O + row_parts - 1) / row_parts, STRIP);
+    int64_t row_parts = (outputs + MOST_ROWS - 1) / MOST_ROWS;
+    while (row_parts * column_parts % threads && row_parts < fewest / STRIP) ++row_parts;
+    // A thread takes a part of the rows of every layer.
+    const auto part_of = [&](const Layer &layer) { return rounded_up((layer.O + row_parts - 1) / row_parts, STRIP); };
+    int64_t rows = 0, most = 0;
+    for (int64_t n = 0; n < count; ++n) rows += part_of(layers[n]), most = std::max(most, part_of(layers[n]));
 #pragma omp parallel num_threads(threads)
     {
-        scratch.reset((rows + columns) * TOKENS * 2 + 64);
-        uint32_t *strips = scratch.take<uint32_t>(rows * TOKENS / 2), *panels = scratch.take<uint32_t>(columns * TOKENS / 2);
+        scratch.reset((most + columns) * TOKENS * 2 + 64);
+        uint32_t *strips = scratch.take<uint32_t>(most * TOKENS / 2), *panels = scratch.take<uint32_t>(columns * TOKENS / 2);
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t o = 0; o < O; o += rows)
+        for (int64_t part = 0; part < row_parts; ++part)
             for (int64_t i = 0; i < I; i += columns) {
-                const int64_t height = std::min(rows, O - o), width = std::min(columns, I - i);
-                if (of_bias && i == 0 && !is_added) std::fill(of_bias + o, of_bias + o + height, 0.f);
+                const int64_t width = std::min(columns, I - i), panel_count = (width + PANEL - 1) / PANEL;
                 for (int64_t t = 0; t < M; t += TOKENS) {
-                    const int64_t tokens = std::min(TOKENS, M - t), pairs = (tokens + 1) / 2;
-                    gather<STRIP>(gradient + t * O + o, O, tokens, height, strips);
+                    const int64_t tokens = std::min(TOKENS, M - t), pairs = (tokens + 1) / 2, next = t + TOKENS;
+                    const int64_t later = std::max<int64_t>(0, std::min(TOKENS, M - next));
                     gather<PANEL>(x + t * I + i, I, tokens, width, panels);
-                    if (of_bias && i == 0) add_columns(strips, height, pairs, of_bias + o);
-                    const int64_t next = t + TOKENS, later = std::max<int64_t>(0, std::min(TOKENS, M - next));
-                    const int64_t tiles = (height + ROWS - 1) / ROWS * ((width + PANEL - 1) / PANEL);
-                    Ahead of_gradient(gradient + next * O + o, O, later, height, tiles), of_x(x + next * I + i, I, later, width, tiles);
-                    for (int64_t n = 0; n < width; n += PANEL)
-                        by_rows(height, [&](int64_t m, auto count) {
-                            of_gradient.step(), of_x.step();
-                            gradient_tile<count>(strips + m / STRIP * STRIP * (TOKENS / 2) + m % STRIP, panels + n * (TOKENS / 2), pairs,
-                                                 of_weight + (o + m) * I + i + n, I, std::min(VECTORS, (width - n) / LANES), is_added || t);
-                        });
+                    Ahead of_x(x + next * I + i, I, later, width, panel_count * (rows / ROWS));
+                    for (const Layer *layer = layers; layer < layers + count; ++layer) {
+                        const int64_t O = layer->O, o = part * part_of(*layer), height = std::min(part_of(*layer), O - o);
+                        if (height <= 0) continue;
+                        gather<STRIP>(layer->gradient + t * O + o, O, tokens, height, strips);
+                        if (layer->of_bias && i == 0) {
+                            if (t == 0 && !is_added) std::fill(layer->of_bias + o, layer->of_bias + o + height, 0.f);
+                            add_columns(strips, height, pairs, layer->of_bias + o);
+                        }
+                        Ahead of_gradient(layer->gradient + next * O + o, O, later, height, panel_count * ((height + ROWS - 1) / ROWS));
+                        for (int64_t n = 0; n < width; n += PANEL)
+                            by_rows(height, [&](int64_t m, auto size) {
+                                of_gradient.step(), of_x.step();
+                                gradient_tile<size>(strips + m / STRIP * STRIP * (TOKENS / 2) + m % STRIP, panels + n * (TOKENS / 2), pairs,
+                                                    layer->of_weight + (o + m) * I + i + n, I, std::min(VECTORS, (width - n) / LANES),
+                                                    is_added || t);
+                            });
+                    }
                 }
             }
     }

@@ -1,7 +1,9 @@
 // What a model does on a CPU with each row by itself, between matrix products in bf16: norms, activations and the loss, forward and backward.
 //
-// Compilers vectorise these loops for the machine that they are built on. `native_library.py` builds and loads this, `native_rowwise.py`
-// calls it. Products are read and written in bf16, sums between them are in fp32.
+// Compilers vectorise these loops for the machine that they are built on; the longest are written out for AVX512-BF16. `native_library.py`
+// builds and loads this, `native_rowwise.py` calls it. Products are read and written in bf16, sums between them are in fp32.
+
+#include "avx512_bf16.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +13,9 @@
 
 namespace {
 
+#ifndef GPT_AVX512_BF16
 using bfloat16 = uint16_t;
+#endif
 
 constexpr int64_t BLOCK = 4096;  // elements, or so, that a thread does at once
 constexpr int64_t ROWS = 128;    // whose gradients of weights are added up by themselves, so that the sum does not depend on threads
@@ -55,6 +59,43 @@ template <class Element> inline void blockwise(int64_t n, int64_t threads, Eleme
 #pragma omp simd
         for (int64_t i = start; i < end; ++i) element(i);
     }
+}
+
+// A row of logits -> powers e^(logit - peak), peak being the largest; returns their sum.
+float powers_of(const bfloat16 *row, int64_t width, float *powers, float *peak) {
+    int64_t whole = 0;
+    float most = -INFINITY, total = 0;
+#ifdef GPT_AVX512_BF16
+    whole = width / LANES * LANES;
+    __m512 peaks = _mm512_set1_ps(most), totals = _mm512_setzero_ps();
+    for (int64_t i = 0; i < whole; i += LANES) peaks = _mm512_max_ps(widened(row + i), peaks);
+    most = _mm512_reduce_max_ps(peaks);
+#endif
+#pragma omp simd reduction(max : most)
+    for (int64_t i = whole; i < width; ++i) most = std::max(most, widened(row[i]));
+#ifdef GPT_AVX512_BF16
+    const __m512 log2_e = _mm512_set1_ps(1.44269504f), shift = _mm512_set1_ps(-1.44269504f * most);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const __m512 power = power_of_two(_mm512_fmadd_ps(widened(row + i), log2_e, shift));
+        _mm512_storeu_ps(powers + i, power);
+        totals = _mm512_add_ps(totals, power);
+    }
+    total = _mm512_reduce_add_ps(totals);
+#endif
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = whole; i < width; ++i) total += powers[i] = exponential(widened(row[i]) - most);
+    *peak = most;
+    return total;
+}
+
+void scale_row(const float *x, int64_t width, float scale, bfloat16 *y) {
+    int64_t whole = 0;
+#ifdef GPT_AVX512_BF16
+    whole = width / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) store(y + i, narrowed(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale))));
+#endif
+#pragma omp simd
+    for (int64_t i = whole; i < width; ++i) y[i] = narrowed(x[i] * scale);
 }
 
 }  // namespace
@@ -169,15 +210,11 @@ void cross_entropy(bfloat16 *logits, const int64_t *targets, float *losses, int6
                 std::fill(row, row + width, 0);
                 continue;
             }
-            float peak = -INFINITY, total = 0;
-#pragma omp simd reduction(max : peak)
-            for (int64_t i = 0; i < width; ++i) peak = std::max(peak, widened(row[i]));
-#pragma omp simd reduction(+ : total)
-            for (int64_t i = 0; i < width; ++i) total += power[i] = exponential(widened(row[i]) - peak);
+            float peak;
+            const float total = powers_of(row, width, power, &peak);
             losses[r] = std::log(total) + peak - widened(row[targets[r]]);
             const float scale = 1 / total, own = power[targets[r]] * scale - 1;
-#pragma omp simd
-            for (int64_t i = 0; i < width; ++i) row[i] = narrowed(power[i] * scale);
+            scale_row(power, width, scale, row);
             row[targets[r]] = narrowed(own);
         }
     }

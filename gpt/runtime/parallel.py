@@ -40,6 +40,7 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.gpt.causal_attention.default,
     torch.ops.gpt.linear.default,
+    torch.ops.gpt.projections.default,
     torch.ops.gpt.feedforward.default,
 }
 _COLUMNS = ("attention.q", "attention.k", "attention.v", "feedforward.up", "feedforward.gate")
