@@ -265,8 +265,8 @@ SMALL = {
 def small(name: str, **changes: Any) -> Case:
     """A case to measure: a model of a few million parameters, two passes of two sequences, with what this machine has of our C++."""
     case = replace(Case(SMALL[name], length=128, micro_batch=2, passes=2, ema=True, plain=True), **changes)
-    rows, attention = native_parts(_cpu(case), case.model.head_dim)
-    return replace(case, native_rows=rows, native_attention=attention)
+    rows, attention, products = native_parts(_cpu(case), case.model)
+    return replace(case, native_rows=rows, native_attention=attention, native_products=products)
 
 
 def work(rank: int, ranks: int, port: int, cases: Sequence[Case], folder: str) -> None:

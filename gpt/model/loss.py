@@ -106,6 +106,11 @@ def product(rows: Tensor, narrow: Tensor, bias: Tensor | None, vocab_size: int, 
     return logits
 
 
+def _lengths(chunks: list[slice | Tensor], rows: int) -> list[int]:
+    """How many rows each chunk has, of so many in all."""
+    return [len(range(rows)[chunk]) if isinstance(chunk, slice) else len(chunk) for chunk in chunks]
+
+
 class _HeadProducts:
     """Products with the head's weight in the dtype of products, chunk by chunk; where they are native it is laid out for them once.
 
@@ -114,31 +119,37 @@ class _HeadProducts:
         bias: (V,), of a head that has one.
         dtype: of the products.
         rows: of a chunk, at most.
+        learns: whether `of_rows` will be asked.
+
+    Attributes:
+        shape: (P, E).
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
-        self.vocab_size = len(weight)
-        self.narrow = product_weight(weight, dtype)  # (P, E)
-        self._bias = product_bias(bias, self.narrow)
-        self.is_native = suits_product(self.narrow.new_empty(rows, 0), self.narrow)
-        self._forward = pack_for_forward(self.narrow) if self.is_native else None
-        self._backward: Tensor | None = None
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int, learns: bool) -> None:
+        narrow = product_weight(weight, dtype)
+        self.vocab_size, self.shape, self.dtype = len(weight), narrow.shape, dtype
+        self._bias = product_bias(bias, narrow)
+        self.is_native = suits_product(narrow.new_empty(rows, 0), narrow)
+        self._narrow = None if self.is_native else narrow
+        self._forward = pack_for_forward(narrow) if self.is_native else None
+        self._backward = pack_for_backward(narrow) if self.is_native and learns else None
 
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """(C, E) -> (C, P), with no probability left to the columns beyond the vocabulary."""
         if self._forward is None:
-            return product(rows, self.narrow, self._bias, self.vocab_size, out)
-        logits = multiply(rows, self._forward, len(self.narrow), self._bias, out)
-        logits[:, self.vocab_size :] = float("-inf")
+            assert self._narrow is not None
+            return product(rows, self._narrow, self._bias, self.vocab_size, out)
+        logits = multiply(rows, self._forward, self.shape[0], self._bias, out)
+        if self.vocab_size < self.shape[0]:
+            logits[:, self.vocab_size :] = float("-inf")
         return logits
 
     def of_rows(self, gradient: Tensor) -> Tensor:
         """(C, P) -> (C, E)."""
-        if not self.is_native:
-            return gradient @ self.narrow
-        if self._backward is None:
-            self._backward = pack_for_backward(self.narrow)
-        return multiply(gradient, self._backward, self.narrow.shape[1])
+        if self._narrow is not None:
+            return gradient @ self._narrow
+        assert self._backward is not None
+        return multiply(gradient, self._backward, self.shape[1])
 
     def add_of_weight(self, gradient: Tensor, rows: Tensor, to: Tensor) -> None:
         """(C, P), (C, E), added to (P, E) fp32."""
@@ -151,17 +162,18 @@ class _HeadProducts:
 class _WeightGradient:
     """The gradient of the head's weight (P, E) in fp32, added up chunk by chunk, or by several chunks where adding costs much.
 
-    Where the loss's gradient takes the place of the logits, chunks wait side by side till they are `gradient_bytes` together: each product
-    is then longer, and its result is widened and added less often.
+    Where the loss's gradient takes the place of the logits, and a product has a result of its own, chunks wait side by side till they are
+    `gradient_bytes` together: each product is then longer, and its result is widened and added less often.
     """
 
-    def __init__(self, products: _HeadProducts, rows: int, chunk: int) -> None:
-        """For so many rows in all, in chunks of at most so many."""
-        narrow = products.narrow
+    def __init__(self, products: _HeadProducts, hidden: Tensor, rows: int, chunk: int) -> None:
+        """For so many rows of hidden in all, in chunks of at most so many."""
         self._products = products
-        self.sum = torch.zeros(narrow.shape, dtype=torch.float32, device=narrow.device)
-        most = kernels_of(narrow.device.type).gradient_bytes // (len(narrow) * narrow.element_size()) // chunk * chunk
-        self._waiting = narrow.new_empty(min(most, rows), len(narrow)) if chunk < min(most, rows) and suits_products(narrow) else None
+        width, like = products.shape[0], hidden.new_empty(0, dtype=products.dtype)
+        self.sum = hidden.new_zeros(products.shape, dtype=torch.float32)
+        most = kernels_of(hidden.device.type).gradient_bytes // (width * like.element_size()) // chunk * chunk
+        waits = chunk < min(most, rows) and suits_products(like) and not products.is_native
+        self._waiting = like.new_empty(min(most, rows), width) if waits else None
         self._rows: list[Tensor] = []
         self._used = 0
 
@@ -202,12 +214,12 @@ class _Function(torch.autograd.Function):
         chunks: list[slice | Tensor],
         softmax: Callable[[Tensor, slice | Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        sizes = [len(range(len(hidden))[chunk]) if isinstance(chunk, slice) else len(chunk) for chunk in chunks]
-        most = max(sizes, default=1)
-        products = _HeadProducts(weight, bias, dtype, most)
+        lengths = _lengths(chunks, len(hidden))
+        most = max(lengths, default=1)
+        products = _HeadProducts(weight, bias, dtype, most, ctx.needs_input_grad[0])
         hidden_gradient = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
-        weight_gradient = _WeightGradient(products, sum(sizes), most) if ctx.needs_input_grad[1] else None
-        bias_gradient = torch.zeros(len(products.narrow), dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[2] else None
+        weight_gradient = _WeightGradient(products, hidden, sum(lengths), most) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros(products.shape[0], dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[2] else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         for chunk in chunks:
             rows = hidden[chunk].to(dtype)  # (C, E)
@@ -344,11 +356,10 @@ class LinearCrossEntropy(nn.Module):
         if torch.is_grad_enabled() and learns:
             return self.summed(hidden, weight, bias, chunks, softmax)
         nll = hidden.new_zeros((), dtype=torch.float32)
-        narrow = product_weight(weight, self.dtype)
-        narrow_bias = product_bias(bias, narrow)
         with torch.autocast(hidden.device.type, enabled=False):
+            products = _HeadProducts(weight, bias, self.dtype, max(_lengths(chunks, len(hidden)), default=1), learns=False)
             for chunk in chunks:
-                logits = product(hidden[chunk].to(self.dtype), narrow, narrow_bias, len(weight))
+                logits = products.logits(hidden[chunk].to(self.dtype))
                 nll += _nll(logits, targets[chunk]) if weights is None else (_each_nll(logits, targets[chunk]) * weights[chunk]).sum()
         return nll
 

@@ -269,7 +269,7 @@ def _like_feedforward(
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen matrix needs no x
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -291,7 +291,7 @@ def _of_parameters(
 
 def _keep_projections(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, q, _, k, _, v, _ = inputs
-    ctx.save_for_backward(x, q, k, v)
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[1::2]) else None, q, k, v)
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[1:]]
 
 
@@ -312,7 +312,7 @@ def _differentiate_projections(ctx: Any, *gradients: Tensor) -> tuple[Tensor | N
 
 def _keep_feedforward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, up, up_bias, down, down_bias = inputs
-    ctx.save_for_backward(x, up, down, output[1])
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, output[1])
     ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (up_bias, down_bias)]
 
 

@@ -70,7 +70,7 @@ struct Gelu {
     __m512 derivative() const {  // sigmoid (1 + x (1 - sigmoid) (slope + 3 cubic x^2))
         const __m512 slope = _mm512_fmadd_ps(square, _mm512_set1_ps(3 * CUBIC), _mm512_set1_ps(SLOPE));
         const __m512 rest = _mm512_fnmadd_ps(value(), sigmoid, value());
-        return _mm512_fmadd_ps(_mm512_mul_ps(rest, slope), sigmoid, sigmoid);
+        return _mm512_fmadd_ps(rest, slope, sigmoid);
     }
 };
 
@@ -146,13 +146,8 @@ void tile(const Product &p, int64_t row, int64_t column, int64_t vectors, const 
 template <class F> inline void by_rows(int64_t rows, F f) {
     int64_t m = 0;
     for (; m + ROWS <= rows; m += ROWS) f(m, std::integral_constant<int, ROWS>{});
-    switch (rows - m) {
-        case 1: return f(m, std::integral_constant<int, 1>{});
-        case 2: return f(m, std::integral_constant<int, 2>{});
-        case 3: return f(m, std::integral_constant<int, 3>{});
-        case 4: return f(m, std::integral_constant<int, 4>{});
-        case 5: return f(m, std::integral_constant<int, 5>{});
-    }
+    for (; m + 2 <= rows; m += 2) f(m, std::integral_constant<int, 2>{});
+    if (m < rows) f(m, std::integral_constant<int, 1>{});
 }
 
 // A product's parts, in groups of which each is DEPTH pairs long or less: where the groups begin, and the end.

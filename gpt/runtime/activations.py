@@ -106,6 +106,12 @@ def _rotary_bytes(case: Case, copies: int) -> int:
     return 2 * copies * case.width * rows * case.model.rotary_dim if case.model.positions == "rotary" and case.width == 2 else 0
 
 
+def _is_one_call(case: Case) -> bool:
+    """Whether both products of the feed-forward and the GELU between them are one operator, which computes GELU again."""
+    adapted = any(".feedforward." in name for name in case.lora.modules(case.model))
+    return case.native_products and case.tensor == 1 and case.model.activation == "gelu_tanh" and not adapted
+
+
 def block_activations(case: Case) -> int:
     """Bytes that a block keeps for its backward pass, without weights."""
     c, M, e, w = case.model, case.tokens, case.width, _widths(case)
@@ -121,7 +127,7 @@ def block_activations(case: Case) -> int:
             norms += FLOAT * M * w.d + _norm_statistics(case, "attention_norm")
             norms += 0 if is_parallel else e * M * w.d + _norm_statistics(case, "feedforward_norm")
         head_norms = e * M * (w.a + w.kv) + head_statistics if c.qk_norm else 0
-        hidden = e * M * w.f * (3 if is_gated else 2)
+        hidden = e * M * w.f * (3 if is_gated else 1 if _is_one_call(case) else 2)
         return norms + head_norms + _rotary_bytes(case, 1) + _attention_bytes(case) + hidden + _dropout_bytes(case)
     norms = sum(_norm_bytes(case, name) for name in _NORMS) - shared
     twice = case.plain and (_learns(case, "attention.q_norm") or _learns(case, "attention.k_norm"))
@@ -130,7 +136,7 @@ def block_activations(case: Case) -> int:
     # not in the products' dtype yet.
     qkv = sum(_learns(case, f"attention.{name}") for name in "qkv")
     ups = sum(_learns(case, f"feedforward.{name}") for name in (("gate", "up") if is_gated else ("up",)))
-    hidden = ((2 if case.native_rows else 3) if is_gated else 1) + _learns(case, "feedforward.down")
+    hidden = ((2 if case.native_rows else 3) if is_gated else 1) + (_learns(case, "feedforward.down") and not _is_one_call(case))
     inputs = qkv + ups if e == 2 and not case.native_rows else min(qkv, 1) + min(ups, 1)
     products = e * M * (inputs * w.d + hidden * w.f)
     return norms + head_norms + _rotary_bytes(case, 2) + _attention_bytes(case) + products + _dropout_bytes(case)
@@ -188,6 +194,8 @@ def loss_in_forward(case: Case) -> int:
     c, M, e = case.model, case.tokens, case.width
     head = e * c.outputs * c.d_model
     made = (head if e < FLOAT else 0) + head * case.head_learns
+    if case.native_products:  # it is laid out in two ways; all is added to dW at once
+        return 2 * head + e * min(case.chunk, M) * (c.outputs + 2 * c.d_model) + FLOAT * M * c.d_model
     if not case.native_rows:  # counted from the source: the logits and their gradient, uncompiled 23 bytes a logit
         return made + (2 * e if case.compiled else 23) * min(case.chunk, M) * c.outputs
     # The gradient takes the place of the logits. Those of several chunks wait for dW, with what the head read, which is then joined. What

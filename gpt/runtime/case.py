@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from gpt.config import RunConfig
-from gpt.model import native_attention, native_rowwise
+from gpt.model import native_attention, native_products, native_rowwise
 from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.loss import chunk_size
 from gpt.runtime.device import Device
@@ -41,6 +41,7 @@ class Case:
             them, and compiled attention is our own; else they are the fused ones of a GPU.
         native_rows: whether the blocks' norms, the activations and the loss are those of `gpt.model.native_rowwise`.
         native_attention: whether attention without dropout is that of `gpt.model.native_attention`.
+        native_products: whether products of whole matrices without adapters are those of `gpt.model.native_products`.
         fused_adamw: whether AdamW is one kernel; else several operations, which keep what is between them.
         chunk: tokens of which the loss holds the logits.
         lora: its adapters.
@@ -65,6 +66,7 @@ class Case:
     plain: bool = False
     native_rows: bool = False
     native_attention: bool = False
+    native_products: bool = False
     fused_adamw: bool = True
     chunk: int = 512
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -159,13 +161,15 @@ def case_of(config: RunConfig, ranks: int, micro_batch: int, device: Device, com
         model, data // p.replicate if is_sharded else 0, p.replicate if is_sharded else data, p.tensor if ranks > 1 else 1,
         config.sequence_length, size, -(-mine // size), device.dtype.itemsize, train.activation_checkpointing,
         train.activation_checkpointing_n, config.optimizer.name, bool(train.ema), compiled, config.on_examples or config.data.document_mask,
-        device.is_host, *native_parts(device, model.head_dim), device.fused_adamw,
+        device.is_host, *native_parts(device, model), device.fused_adamw,
         chunk_size(device.type, model.outputs, size * config.sequence_length), config.lora, trains,
     )  # fmt: skip
 
 
-def native_parts(device: Device, head_dim: int) -> tuple[bool, bool]:
-    """`native_rows` and `native_attention` of a case on this device; where its products are in bf16, the libraries are built for it."""
+def native_parts(device: Device, model: GPTConfig) -> tuple[bool, bool, bool]:
+    """`native_rows`, `native_attention` and `native_products` of a case on this device; where its products are in bf16, the libraries are
+    built for it."""
     if not device.is_host or device.dtype != torch.bfloat16:
-        return False, False
-    return native_rowwise.is_native(), native_attention.is_native(head_dim)
+        return False, False, False
+    fits = all(width % 16 == 0 for width in (model.d_model, model.d_ff, model.n_head * model.head_dim, model.n_kv_head * model.head_dim))
+    return native_rowwise.is_native(), native_attention.is_native(model.head_dim), fits and native_products.is_native()

@@ -39,12 +39,12 @@ def accumulated(case: Case) -> float:
 def cast_weights(case: Case) -> float:
     """Bytes of the copies of the blocks' matrices that backward needs, or forward to its end: autocast's, and sums with adapters.
 
-    FSDP gathers matrices in bf16, and makes sums again. Blocks that run without gradients keep none.
+    FSDP gathers matrices in bf16, and makes sums again. Blocks that run without gradients keep none, and native products cast as they read.
     """
     if case.is_divided:
         return 0
     matrices = [p for p in case.chosen(matrices=True) if cast(int, p.block) >= case.depth]
-    if case.width == FLOAT:
+    if case.width == FLOAT or case.native_products:
         adapted = frozenset(case.lora.modules(case.model))
         matrices = [p for p in matrices if p.name.removesuffix(".weight") in adapted]
     return case.width * sum(p.local(case.tensor) for p in matrices)

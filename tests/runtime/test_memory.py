@@ -7,7 +7,7 @@ import torch
 
 from gpt.compose import compose_run
 from gpt.config import ParallelConfig
-from gpt.model import native_attention, native_rowwise
+from gpt.model import native_attention, native_products, native_rowwise
 from gpt.model.config import GPTConfig
 from gpt.runtime.activations import block_activations
 from gpt.runtime.case import Case, case_of
@@ -53,15 +53,19 @@ def test_a_run_is_the_case_that_its_config_says():
 
 def test_what_is_native_is_asked_of_a_cpu_in_bf16_alone(monkeypatch):
     config = compose_run("pretrain", ["model.n_head=4", "model.head_dim=24"])
+    monkeypatch.setattr(native_products, "is_native", lambda: asked.append("products") or True)
     asked = []
     monkeypatch.setattr(native_rowwise, "is_native", lambda: asked.append("rows") or True)
     monkeypatch.setattr(native_attention, "is_native", lambda head_dim: asked.append(head_dim) or head_dim % 16 == 0)
     for device in (Cpu("", torch.float32), Cuda("", torch.bfloat16)):
         case = case_of(config, 1, 1, device, compiled=True)
-        assert (case.native_rows, case.native_attention) == (False, False)
+        assert (case.native_rows, case.native_attention, case.native_products) == (False, False, False)
     assert not asked
     case = case_of(config, 1, 1, Cpu("", torch.bfloat16), compiled=True)
-    assert (case.native_rows, case.native_attention, asked) == (True, False, ["rows", 24])
+    assert (case.native_rows, case.native_attention, case.native_products) == (True, False, True)
+    assert asked == ["rows", 24, "products"]
+    odd = compose_run("pretrain", ["model.n_head=2", "model.head_dim=24"])
+    assert not case_of(odd, 1, 1, Cpu("", torch.bfloat16), compiled=True).native_products
 
 
 def test_native_attention_keeps_no_scores_at_any_length():
