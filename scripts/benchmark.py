@@ -29,9 +29,9 @@ from torch import Tensor
 
 from gpt.compose import compose_run
 from gpt.config import DeviceConfig
-from gpt.model import native_attention, native_rowwise
+from gpt.model import native_attention, native_products, native_rowwise
 from gpt.model.attention import blockwise_causal_attention
-from gpt.model.kernels import kernels_of
+from gpt.model.kernels import kernels_of, without_native
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
 from gpt.runtime.compiling import compile_model
@@ -79,6 +79,32 @@ def _attentions(B: int, T: int, H: int, D: int) -> dict[str, Callable[[], object
     found["products of blocks of queries around softmaxes"] = lambda: blockwise_causal_attention(q, k, v).backward(gradient)
     found["the same, compiled"] = lambda: compiled(q, k, v).backward(gradient)
     return found
+
+
+def products() -> None:
+    """Forward and backward of linear layers with a bias in the shapes of a block of GPT-2's shape, with fp32 weights: ours, and torch's."""
+    for inputs, outputs in ((384, 384), (384, 1536), (1536, 384)):
+        rows = in_turn(_products(4096, inputs, outputs))
+        table(f"linear, 4,096 x {inputs} -> {outputs}, forward + backward", rows)
+        for name, seconds in rows.items():
+            print(f"- {name}: {6 * 4096 * inputs * outputs / seconds / 1e9:,.0f} GFLOP/s")
+
+
+def _products(N: int, inputs: int, outputs: int) -> dict[str, Callable[[], object]]:
+    layer = native_products.Linear(inputs, outputs).to(DEVICE.type)
+    x = torch.randn(N, inputs, device=DEVICE.type, dtype=DEVICE.dtype, requires_grad=True)
+    gradient = torch.randn(N, outputs, device=DEVICE.type, dtype=DEVICE.dtype)
+
+    def ours() -> None:
+        with DEVICE.autocast():
+            y = layer(x)
+        torch.autograd.grad(y, [x, *layer.parameters()], gradient)
+
+    def plain() -> None:
+        with without_native():
+            ours()
+
+    return {"C++": ours, "torch": plain} if native_products.is_native() else {"torch": plain}
 
 
 def between_products() -> None:
@@ -216,7 +242,8 @@ def startup() -> None:
 
 
 BENCHMARKS = {
-    "startup": startup, "attention": attention, "between_products": between_products, "loss": loss, "step": step, "documents": documents,
+    "startup": startup, "attention": attention, "products": products, "between_products": between_products, "loss": loss, "step": step,
+    "documents": documents,
     "encoding": encoding, "batches": batches, "preparation": preparation,
     "training": training, "trainer_overhead": trainer_overhead, "freezing": freezing, "quality": time_to_quality,
     "classification": classification,

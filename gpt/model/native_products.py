@@ -12,7 +12,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_bool, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class _Layer(ctypes.Structure):
 
 
 def native_products_obstacle() -> str | None:
-    """Why products cannot, or should not, be native on this CPU, in words; None if they can. The library is built if it is not there yet."""
+    """Why products cannot, or should not, be native on this CPU, in words; None if they can. The library is built if it is not there."""
     library, why = load_library(_SOURCE)
     if library is None:
         return why
@@ -158,7 +158,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return multiply(x, pack_for_forward(weight), len(weight), bias)
 
 
-@torch.library.custom_op("gpt::linear_input_gradient", mutates_args=(), device_types="cpu", schema="(Tensor gradient, Tensor weight) -> Tensor")
+@torch.library.custom_op(
+    "gpt::linear_input_gradient", mutates_args=(), device_types="cpu", schema="(Tensor gradient, Tensor weight) -> Tensor"
+)
 def _linear_input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     return multiply(gradient, pack_for_backward(weight), weight.shape[1])
 
@@ -223,7 +225,10 @@ def _feedforward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, do
 
 
 @torch.library.custom_op(
-    "gpt::gelu_input_gradient", mutates_args=(), device_types="cpu", schema="(Tensor gradient, Tensor down, Tensor before) -> (Tensor, Tensor)"
+    "gpt::gelu_input_gradient",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor gradient, Tensor down, Tensor before) -> (Tensor, Tensor)",
 )
 def _gelu_input_gradient(gradient: Tensor, down: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of what is `before` GELU, and GELU of it once more, so that forward need not keep it."""
@@ -261,9 +266,7 @@ def _like_projections_weight_gradient(of_q: Tensor, of_k: Tensor, of_v: Tensor, 
 
 
 @_feedforward.register_fake
-def _like_feedforward(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _like_feedforward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], len(down)), x.new_empty(*x.shape[:-1], len(up))
 
 
@@ -340,7 +343,7 @@ class Linear(nn.Linear):
         return native_linear(input, self.weight, self.bias) if suits_product(input, self.weight) else super().forward(input)
 
 
-def is_plain(layer: nn.Module | None) -> bool:
+def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether a layer is linear and nothing else: no adapter, not quantized."""
     return type(layer) in (Linear, nn.Linear)
 
@@ -348,5 +351,6 @@ def is_plain(layer: nn.Module | None) -> bool:
 def suits_together(x: Tensor, *layers: nn.Module | None) -> bool:
     """Whether products of x with these layers can be one operator: they suit, are plain, and no hook wants to see them one by one."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    plain = [layer for layer in layers if is_plain(layer) and not any(getattr(layer, hook) for hook in hooks)]
-    return len(plain) == len(layers) and suits_product(x, *(layer.weight for layer in plain))
+    plain = [layer for layer in layers if is_plain(layer)]
+    seen = any(getattr(layer, hook) for layer in plain for hook in hooks)
+    return len(plain) == len(layers) and not seen and suits_product(x, *(layer.weight for layer in plain))
