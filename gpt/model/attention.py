@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt.model.config import GPTConfig
 from gpt.model.kernels import kernels_of
 from gpt.model.native_attention import is_native, native_causal_attention
-from gpt.model.native_products import Linear, native_projections, suits_together
+from gpt.model.native_products import Linear, native_linears, suits_together
 from gpt.model.positions import rotate
 
 # On a CPU attention is native in bf16 where that is possible (`native_attention.py`). Where it is not, products of blocks of queries with
@@ -252,7 +252,7 @@ class Attention(nn.Module):
         if self.qkv is not None:
             q, k, v = self.qkv(x).split(self.widths, dim=-1)
         elif suits_together(x, self.q, self.k, self.v):
-            q, k, v = native_projections(x, self.q, self.k, self.v)
+            q, k, v = native_linears(x, self.q, self.k, self.v)
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)

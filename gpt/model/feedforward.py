@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gpt.model.config import GPTConfig
 from gpt.model.kernels import kernels_of
-from gpt.model.native_products import Linear, native_feedforward, suits_together
+from gpt.model.native_products import Linear, native_feedforward, native_linears, suits_together
 from gpt.model.native_rowwise import native_gelu, native_swiglu, suits_products
 
 
@@ -44,7 +44,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, d_model) -> (B, T, d_model)."""
         if self.gate is not None:
-            gate, up = self.gate(x), self.up(x)
+            gate, up = native_linears(x, self.gate, self.up) if suits_together(x, self.gate, self.up) else (self.gate(x), self.up(x))
             is_native = isinstance(self.activation, nn.SiLU) and suits_products(gate)  # where weights are packed the gate has it in it
             return self.down(native_swiglu(gate, up) if is_native else self.activation(gate) * up)
         if type(self.activation) is GELUTanh and not self.activation._forward_hooks and suits_together(x, self.up, self.down):

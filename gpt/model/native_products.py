@@ -68,19 +68,15 @@ def suits_product(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b: x (..., I), weight (O, I), bias (O,) -> (..., O) bf16; where x and weight suit."""
-    return torch.ops.gpt.linear(x.bfloat16(), weight, bias)
-
-
-def native_projections(x: Tensor, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-    """Three layers of the same x (..., I) -> (..., O) bf16 each; where they suit."""
-    return torch.ops.gpt.projections(x.bfloat16(), q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
+def native_linears(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """Layers that read the same x (..., I), with or without biases, all alike -> (..., O) bf16 of each; where they suit."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return torch.ops.gpt.linears(x.bfloat16(), [layer.weight for layer in layers], biases)
 
 
 def native_feedforward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
     """GELU(x U^T + u) D^T + d, GELU by its tanh approximation: x (..., I), up (O, I), down (I', O) -> (..., I') bf16; where they suit."""
-    return torch.ops.gpt.feedforward(x.bfloat16(), up, up_bias, down, down_bias)[0]
+    return torch.ops.gpt.gelu_feedforward(x.bfloat16(), up, up_bias, down, down_bias)[0]
 
 
 def pack_for_forward(weight: Tensor) -> Tensor:
@@ -153,66 +149,33 @@ def _wide(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-@torch.library.custom_op("gpt::linear", mutates_args=(), device_types="cpu", schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return multiply(x, pack_for_forward(weight), len(weight), bias)
+@torch.library.custom_op(
+    "gpt::linears", mutates_args=(), device_types="cpu", schema="(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]"
+)
+def _linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    return [multiply(x, pack_for_forward(w), len(w), bias) for w, bias in zip(weights, biases or [None] * len(weights), strict=True)]
 
 
 @torch.library.custom_op(
-    "gpt::linear_input_gradient", mutates_args=(), device_types="cpu", schema="(Tensor gradient, Tensor weight) -> Tensor"
+    "gpt::linears_input_gradient", mutates_args=(), device_types="cpu", schema="(Tensor[] gradients, Tensor[] weights) -> Tensor"
 )
-def _linear_input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    return multiply(gradient, pack_for_backward(weight), weight.shape[1])
-
-
-@torch.library.custom_op(
-    "gpt::linear_weight_gradient", mutates_args=(), device_types="cpu", schema="(Tensor gradient, Tensor x) -> (Tensor, Tensor)"
-)
-def _linear_weight_gradient(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    of_weight, of_bias = _like_weight_gradient(gradient, x)
-    multiply_transposed([gradient], x, [of_weight], [of_bias])
-    return of_weight, of_bias
-
-
-@torch.library.custom_op(
-    "gpt::projections",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor q, Tensor? q_bias, Tensor k, Tensor? k_bias, Tensor v, Tensor? v_bias) -> (Tensor, Tensor, Tensor)",
-)
-def _projections(
-    x: Tensor, q: Tensor, q_bias: Tensor | None, k: Tensor, k_bias: Tensor | None, v: Tensor, v_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _linear(x, q, q_bias), _linear(x, k, k_bias), _linear(x, v, v_bias)
-
-
-@torch.library.custom_op(
-    "gpt::projections_input_gradient",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor of_q, Tensor of_k, Tensor of_v, Tensor q, Tensor k, Tensor v) -> Tensor",
-)
-def _projections_input_gradient(of_q: Tensor, of_k: Tensor, of_v: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    of_x = of_q.new_empty(*of_q.shape[:-1], q.shape[1])
-    terms = [(gradient, pack_for_backward(weight)) for gradient, weight in ((of_q, q), (of_k, k), (of_v, v))]
-    _multiply("multiply", terms, q.shape[1], None, of_x)
+def _linears_input_gradient(gradients: list[Tensor], weights: list[Tensor]) -> Tensor:
+    of_x = _like_input_gradient(gradients, weights)
+    _multiply("multiply", [(g, pack_for_backward(w)) for g, w in zip(gradients, weights, strict=True)], of_x.shape[-1], None, of_x)
     return of_x
 
 
 @torch.library.custom_op(
-    "gpt::projections_weight_gradient",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor of_q, Tensor of_k, Tensor of_v, Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gpt::linears_weight_gradients", mutates_args=(), device_types="cpu", schema="(Tensor[] gradients, Tensor x) -> (Tensor[], Tensor[])"
 )
-def _projections_weight_gradient(of_q: Tensor, of_k: Tensor, of_v: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    results = _like_projections_weight_gradient(of_q, of_k, of_v, x)
-    multiply_transposed([of_q, of_k, of_v], x, results[::2], results[1::2])
-    return results
+def _linears_weight_gradients(gradients: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    of_weights, of_biases = _like_weight_gradients(gradients, x)
+    multiply_transposed(gradients, x, of_weights, of_biases)
+    return of_weights, of_biases
 
 
 @torch.library.custom_op(
-    "gpt::feedforward",
+    "gpt::gelu_feedforward",
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor x, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias) -> (Tensor, Tensor)",
@@ -238,31 +201,19 @@ def _gelu_input_gradient(gradient: Tensor, down: Tensor, before: Tensor) -> tupl
     return of_before, hidden
 
 
-_linear.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
-_linear_input_gradient.register_fake(lambda gradient, weight: gradient.new_empty(*gradient.shape[:-1], weight.shape[1]))
+_linears.register_fake(lambda x, weights, biases: [x.new_empty(*x.shape[:-1], len(w)) for w in weights])
 _gelu_input_gradient.register_fake(lambda gradient, down, before: (torch.empty_like(before), torch.empty_like(before)))
 
 
-@_linear_weight_gradient.register_fake
-def _like_weight_gradient(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    O = gradient.shape[-1]  # noqa: E741
-    return gradient.new_empty(O, x.shape[-1], dtype=torch.float32), gradient.new_empty(O, dtype=torch.float32)
+@_linears_input_gradient.register_fake
+def _like_input_gradient(gradients: list[Tensor], weights: list[Tensor]) -> Tensor:
+    return gradients[0].new_empty(*gradients[0].shape[:-1], weights[0].shape[1])
 
 
-@_projections.register_fake
-def _like_projections(
-    x: Tensor, q: Tensor, q_bias: Tensor | None, k: Tensor, k_bias: Tensor | None, v: Tensor, v_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.new_empty(*x.shape[:-1], len(weight)) for weight in (q, k, v))
-    return q, k, v
-
-
-_projections_input_gradient.register_fake(lambda of_q, of_k, of_v, q, k, v: of_q.new_empty(*of_q.shape[:-1], q.shape[1]))
-
-
-@_projections_weight_gradient.register_fake
-def _like_projections_weight_gradient(of_q: Tensor, of_k: Tensor, of_v: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    return *_like_weight_gradient(of_q, x), *_like_weight_gradient(of_k, x), *_like_weight_gradient(of_v, x)
+@_linears_weight_gradients.register_fake
+def _like_weight_gradients(gradients: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    of_weights = [x.new_empty(g.shape[-1], x.shape[-1], dtype=torch.float32) for g in gradients]
+    return of_weights, [x.new_empty(g.shape[-1], dtype=torch.float32) for g in gradients]
 
 
 @_feedforward.register_fake
@@ -270,68 +221,54 @@ def _like_feedforward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tenso
     return x.new_empty(*x.shape[:-1], len(down)), x.new_empty(*x.shape[:-1], len(up))
 
 
-def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen matrix needs no x
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _differentiate_linear(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    of_x = torch.ops.gpt.linear_input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
-    return of_x, *_of_parameters(gradient, x, weight, ctx.bias_dtype, ctx.needs_input_grad[1:3])
-
-
 def _of_parameters(
-    gradient: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of a weight and its bias, as far as they are needed."""
-    if needed[0]:
-        of_weight, of_bias = torch.ops.gpt.linear_weight_gradient(gradient, x)
-        return of_weight.to(weight.dtype), of_bias.to(bias_dtype) if needed[1] and bias_dtype else None
-    return None, gradient.flatten(0, -2).sum(0, dtype=torch.float32).to(bias_dtype) if needed[1] and bias_dtype else None
+    gradients: list[Tensor], x: Tensor | None, parameters: list[tuple[torch.dtype, ...]], needed: list[tuple[bool, ...]]
+) -> list[list[Tensor | None]]:
+    """For each layer the gradients of its weight, and its bias if it has one, as far as they are needed, in the parameters' dtypes."""
+    learning = [n for n, (weight, *_) in enumerate(needed) if weight]
+    found: list[list[Tensor | None]] = [[None] * len(dtypes) for dtypes in parameters]
+    if learning:
+        of_weights, of_biases = torch.ops.gpt.linears_weight_gradients([gradients[n] for n in learning], x)
+        for n, pair in zip(learning, zip(of_weights, of_biases, strict=True), strict=True):
+            found[n] = [of.to(dtype) if need else None for of, dtype, need in zip(pair, parameters[n], needed[n], strict=False)]
+    for n in set(range(len(gradients))).difference(learning):
+        if needed[n][1:] == (True,):
+            found[n][1] = gradients[n].flatten(0, -2).sum(0, dtype=torch.float32).to(parameters[n][1])
+    return found
 
 
-def _keep_projections(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, q, _, k, _, v, _ = inputs
-    ctx.save_for_backward(x if any(ctx.needs_input_grad[1::2]) else None, q, k, v)
-    ctx.dtypes = [None if t is None else t.dtype for t in inputs[1:]]
+def _keep_linears(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases = inputs
+    learns = any(ctx.needs_input_grad[1 : 1 + len(weights)])  # a frozen matrix needs no x
+    ctx.save_for_backward(x if learns else None, *weights)
+    ctx.dtypes = [tuple(p.dtype for p in layer) for layer in zip(*([weights, biases] if biases else [weights]), strict=True)]
 
 
-def _differentiate_projections(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_linears(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     x, *weights = ctx.saved_tensors
-    of_x = torch.ops.gpt.projections_input_gradient(*gradients, *weights) if ctx.needs_input_grad[0] else None
-    needed = ctx.needs_input_grad[1:]
-    if all(needed[::2]):
-        found = torch.ops.gpt.projections_weight_gradient(*gradients, x)
-        return of_x, *(f.to(dtype) if need and dtype else None for f, dtype, need in zip(found, ctx.dtypes, needed, strict=True))
-    found = [
-        f
-        for n, (gradient, weight) in enumerate(zip(gradients, weights, strict=True))
-        for f in _of_parameters(gradient, x, weight, ctx.dtypes[2 * n + 1], needed[2 * n : 2 * n + 2])
-    ]
-    return of_x, *found
+    of_x, *of_parameters = ctx.needs_input_grad
+    found = _of_parameters(gradients, x, ctx.dtypes, list(zip(*(needed for needed in of_parameters if needed), strict=True)))
+    input_gradient = torch.ops.gpt.linears_input_gradient(gradients, weights) if of_x else None
+    return input_gradient, [layer[0] for layer in found], [layer[1] for layer in found if len(layer) > 1]
 
 
 def _keep_feedforward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, up, up_bias, down, down_bias = inputs
+    x, up, _, down, _ = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, output[1])
-    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (up_bias, down_bias)]
+    ctx.dtypes = [tuple(p.dtype for p in inputs[n : n + 2] if p is not None) for n in (1, 3)]
 
 
 def _differentiate_feedforward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, up, down, before = ctx.saved_tensors
+    needed = ctx.needs_input_grad
     of_before, hidden = torch.ops.gpt.gelu_input_gradient(gradient, down, before)
-    of_x = torch.ops.gpt.linear_input_gradient(of_before, up) if ctx.needs_input_grad[0] else None
-    return (
-        of_x,
-        *_of_parameters(of_before, x, up, ctx.bias_dtypes[0], ctx.needs_input_grad[1:3]),
-        *_of_parameters(gradient, hidden, down, ctx.bias_dtypes[1], ctx.needs_input_grad[3:5]),
-    )
+    of_x = torch.ops.gpt.linears_input_gradient([of_before], [up]) if needed[0] else None
+    of_up = _of_parameters([of_before], x, ctx.dtypes[:1], [needed[1 : 1 + len(ctx.dtypes[0])]])[0]
+    of_down = _of_parameters([gradient], hidden, ctx.dtypes[1:], [needed[3 : 3 + len(ctx.dtypes[1])]])[0]
+    return of_x, *(*of_up, None)[:2], *(*of_down, None)[:2]
 
 
-_linear.register_autograd(_differentiate_linear, setup_context=_keep_linear)
-_projections.register_autograd(_differentiate_projections, setup_context=_keep_projections)
+_linears.register_autograd(_differentiate_linears, setup_context=_keep_linears)
 _feedforward.register_autograd(_differentiate_feedforward, setup_context=_keep_feedforward)
 
 
@@ -340,7 +277,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return native_linear(input, self.weight, self.bias) if suits_product(input, self.weight) else super().forward(input)
+        return native_linears(input, self)[0] if suits_product(input, self.weight) else super().forward(input)
 
 
 def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:

@@ -39,9 +39,8 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.gpt.causal_attention.default,
-    torch.ops.gpt.linear.default,
-    torch.ops.gpt.projections.default,
-    torch.ops.gpt.feedforward.default,
+    torch.ops.gpt.linears.default,
+    torch.ops.gpt.gelu_feedforward.default,
 }
 _COLUMNS = ("attention.q", "attention.k", "attention.v", "feedforward.up", "feedforward.gate")
 _ROWS = ("attention.out", "feedforward.down")

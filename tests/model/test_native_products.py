@@ -21,9 +21,8 @@ from gpt.model.native_products import (
     Linear,
     multiply_transposed,
     native_feedforward,
-    native_linear,
+    native_linears,
     native_products_obstacle,
-    native_projections,
     suits_product,
     suits_together,
 )
@@ -80,7 +79,7 @@ class TestAgainstHigherPrecision:
         ours = layer(inputs, outputs, bias, dtype)
         (reference,) = exact(ours)
         compare(
-            lambda x: native_linear(x, ours.weight, ours.bias), reference, torch.randn(rows, inputs).bfloat16(),
+            lambda x: native_linears(x, ours)[0], reference, torch.randn(rows, inputs).bfloat16(),
             list(ours.parameters()), list(reference.parameters()),
         )  # fmt: skip
 
@@ -95,11 +94,12 @@ class TestAgainstHigherPrecision:
 
     @pytest.mark.parametrize("widths", [(32, 32, 32), (64, 16, 16), (400, 48, 48)])
     @pytest.mark.parametrize("rows", [(2, 40), (3, 100)])
-    def test_projections(self, widths, rows):
-        layers = [layer(96, width) for width in widths]
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_layers_of_the_same_input(self, widths, rows, bias):
+        layers = [layer(96, width, bias) for width in widths]
         reference = exact(*layers)
         compare(
-            lambda x: native_projections(x, *layers), lambda x: tuple(part(x) for part in reference), torch.randn(*rows, 96).bfloat16(),
+            lambda x: tuple(native_linears(x, *layers)), lambda x: tuple(part(x) for part in reference), torch.randn(*rows, 96).bfloat16(),
             [p for part in layers for p in part.parameters()], [p for part in reference for p in part.parameters()],
         )  # fmt: skip
 
