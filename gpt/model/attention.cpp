@@ -76,7 +76,10 @@ void copy(const Heads &x, int64_t b, int64_t h, int64_t T, int64_t P, int64_t D,
 // (P, D) -> pairs down (P / 2, D).
 void pair_down(const bfloat16 *x, int64_t P, int64_t D, uint32_t *y) {
     for (int64_t t = 0; t < P; t += 2)
-        for (int64_t d = 0; d < D; d += LANES) _mm512_storeu_si512(y + t / 2 * D + d, interleaved(loaded(x + t * D + d), loaded(x + (t + 1) * D + d)));
+        for (int64_t d = 0; d < D; d += LANES) {
+            const bfloat16 *at = x + t * D + d;
+            _mm512_storeu_si512(y + t / 2 * D + d, interleaved(loaded(at), loaded(at + D)));
+        }
 }
 
 // c[m][n] += sum over k of a[m][k] b[k][n], k counting pairs, n registers.

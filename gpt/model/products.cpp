@@ -1,8 +1,9 @@
-// Matrix products of linear layers in bf16 on a CPU with AVX512-BF16, forward and backward: sums in fp32, with what comes before and after a
-// product (weights narrowed, biases, GELU and its derivative) done on the way.
+// Matrix products of linear layers in bf16 on a CPU with AVX512-BF16, forward and backward: sums in fp32, with what comes before and
+// after a product (weights narrowed, biases, GELU and its derivative) done on the way.
 //
 // A product makes tiles of ROWS x PANEL sums that stay in registers (Goto and van de Geijn, "Anatomy of high-performance matrix
-// multiplication", 2008). What is read column by column lies in panels of so many columns, pairs down. No sum depends on the number of threads.
+// multiplication", 2008). What is read column by column lies in panels of so many columns, pairs down. No sum depends on the number of
+// threads.
 // `native_library.py` builds and loads this, `native_products.py` calls it.
 //
 // Shapes: M rows, K what is summed over, N columns; O outputs and I inputs of a layer; but for M all are multiples of 16. `Factors` and
@@ -108,8 +109,8 @@ template <End END> inline void finish(const Product &p, int64_t at, __m512 sum) 
     if (END == End::GELU) store(p.activated + at, narrowed(Gelu(widened(narrowed(sum))).value()));
 }
 
-// M rows from `row` on of so many vectors from `column` on: the sum over these parts, and what is in `partial` (M, PANEL) unless they are the
-// first; to `partial`, unless they are the last.
+// M rows from `row` on of so many vectors from `column` on: the sum over these parts, and what is in `partial` (M, PANEL) unless they are
+// the first; to `partial`, unless they are the last.
 template <int M, End END>
 void tile(const Product &p, int64_t row, int64_t column, int64_t vectors, const Part *parts, const Part *end, bool is_first, bool is_last,
           float *partial) {
@@ -128,8 +129,8 @@ void tile(const Product &p, int64_t row, int64_t column, int64_t vectors, const 
     }
     for (; parts < end; ++parts) {
         const int64_t pairs = parts->term->K / 2;
-        const uint32_t *left = reinterpret_cast<const uint32_t *>(parts->term->x) + row * pairs, *right = parts->term->packed + column * pairs;
-        add<M, false>(left + parts->first, pairs, right + parts->first * PANEL, parts->count, sums);
+        const uint32_t *left = reinterpret_cast<const uint32_t *>(parts->term->x) + row * pairs + parts->first;
+        add<M, false>(left, pairs, parts->term->packed + column * pairs + parts->first * PANEL, parts->count, sums);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -238,7 +239,7 @@ template <int64_t WIDTH> void gather(const bfloat16 *x, int64_t row, int64_t tok
 // Has a part (tokens, columns) of longer rows come nearer, a little at each step, while something else is computed.
 struct Ahead {
     const bfloat16 *x;
-    int64_t row, tokens, columns, lines, t = 0, c = 0;  // lines of memory at each step
+    int64_t row, tokens, columns, lines, t = 0, c = 0;  // lines: of memory, at each step
 
     Ahead(const bfloat16 *x, int64_t row, int64_t tokens, int64_t columns, int64_t steps)
         : x(x), row(row), tokens(tokens), columns(columns), lines((tokens * ((columns + 31) / 32) + steps - 1) / steps) {}
@@ -262,7 +263,9 @@ void add_columns(const uint32_t *strips, int64_t columns, int64_t pairs, float *
     }
 }
 
-template <int M> void gradient_tile(const uint32_t *strip, const uint32_t *panel, int64_t pairs, float *to, int64_t row, int64_t vectors, bool is_added) {
+// M rows of so many vectors of a weight's gradient, in rows of `row` numbers: the sum over pairs of tokens.
+template <int M>
+void gradient_tile(const uint32_t *strip, const uint32_t *panel, int64_t pairs, float *to, int64_t row, int64_t vectors, bool is_added) {
     __m512 sums[M][VECTORS];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -320,10 +323,11 @@ void multiply_gelu_gradient(const Factors *terms, int64_t count, const bfloat16 
 void multiply_transposed(const Layer *layers, int64_t count, const bfloat16 *x, int64_t M, int64_t I, bool is_added, int64_t threads) {
     int64_t outputs = 0, fewest = INT64_MAX;
     for (int64_t n = 0; n < count; ++n) outputs += layers[n].O, fewest = std::min(fewest, layers[n].O);
-    const int64_t column_parts = (I + MOST_COLUMNS - 1) / MOST_COLUMNS, columns = rounded_up((I + column_parts - 1) / column_parts, PANEL);
-    int64_t row_parts = (outputs + MOST_ROWS - 1) / MOST_ROWS;
+    // A thread takes a part of the rows of every layer; as many threads as there are should have one, and each as many as the others.
+    int64_t row_parts = (outputs + MOST_ROWS - 1) / MOST_ROWS, column_parts = (I + MOST_COLUMNS - 1) / MOST_COLUMNS;
     while (row_parts * column_parts % threads && row_parts < fewest / STRIP) ++row_parts;
-    // A thread takes a part of the rows of every layer.
+    while (row_parts * column_parts < threads && column_parts < I / PANEL) ++column_parts;
+    const int64_t columns = rounded_up((I + column_parts - 1) / column_parts, PANEL);
     const auto part_of = [&](const Layer &layer) { return rounded_up((layer.O + row_parts - 1) / row_parts, STRIP); };
     int64_t rows = 0, most = 0;
     for (int64_t n = 0; n < count; ++n) rows += part_of(layers[n]), most = std::max(most, part_of(layers[n]));
