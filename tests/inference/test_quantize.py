@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inference_models import FAMILIES, GREEDY, VOCAB, prompt_of, random_model
-from torch import nn
 
 from gpt.errors import UserError
 from gpt.inference.decode import generate_tokens
 from gpt.inference.packing import join_projections
 from gpt.inference.quantize import Int8Linear, quantize_int8
+from gpt.model.native_products import is_plain
 from gpt.model.transformer import GPT
 
 pytest.importorskip("torchao")
@@ -33,10 +33,10 @@ def test_every_weight_is_within_half_a_step_of_the_original(family, dtype):
     model = random_model(family, tie_embeddings=True).to(dtype)
     other = quantized(model)
     join_projections(model)
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linear = {name: module for name, module in model.named_modules() if is_plain(module)}
     found = {name: module for name, module in other.named_modules() if isinstance(module, Int8Linear)}
     assert found.keys() == linear.keys()
-    assert not any(type(module) is nn.Linear for module in other.modules())
+    assert not any(map(is_plain, other.modules()))
     for name, module in found.items():
         weight = linear[name].weight.float()
         assert module.weight.dtype == torch.int8

@@ -53,8 +53,8 @@ def test_a_run_is_the_case_that_its_config_says():
 
 def test_what_is_native_is_asked_of_a_cpu_in_bf16_alone(monkeypatch):
     config = compose_run("pretrain", ["model.n_head=4", "model.head_dim=24"])
-    monkeypatch.setattr(native_products, "is_native", lambda: asked.append("products") or True)
     asked = []
+    monkeypatch.setattr(native_products, "is_native", lambda: asked.append("products") or True)
     monkeypatch.setattr(native_rowwise, "is_native", lambda: asked.append("rows") or True)
     monkeypatch.setattr(native_attention, "is_native", lambda head_dim: asked.append(head_dim) or head_dim % 16 == 0)
     for device in (Cpu("", torch.float32), Cuda("", torch.bfloat16)):
@@ -64,7 +64,7 @@ def test_what_is_native_is_asked_of_a_cpu_in_bf16_alone(monkeypatch):
     case = case_of(config, 1, 1, Cpu("", torch.bfloat16), compiled=True)
     assert (case.native_rows, case.native_attention, case.native_products) == (True, False, True)
     assert asked == ["rows", 24, "products"]
-    odd = compose_run("pretrain", ["model.n_head=2", "model.head_dim=24"])
+    odd = compose_run("pretrain", ["model.n_head=3", "model.head_dim=24"])
     assert not case_of(odd, 1, 1, Cpu("", torch.bfloat16), compiled=True).native_products
 
 

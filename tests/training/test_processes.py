@@ -92,11 +92,13 @@ def test_every_layout_has_the_losses_of_one_process(text_run, tmp_path, cache_di
 
 
 def test_fsdp_in_bf16_has_the_losses_of_ddp(text_run, tmp_path):
-    """FSDP gathers blocks in bf16, and autocast casts them elsewhere: the first gradients are the same, and only then roundings differ."""
+    """FSDP gathers blocks in bf16, and autocast casts them elsewhere: the first losses are the same. FSDP's gradients of a process are in
+    bf16, where those of ddp can be sums in fp32, so then roundings differ."""
     run = [*TEXT, "precision=bf16", "train.budget=10steps", "train.micro_batch=2", "optimizer=adamw"]
     launch({name: text_run(*run, f"parallel={name}") for name in ("ddp", "fsdp")}, tmp_path / "two", 2)
     ours, theirs = (tmp_path / "runs" / name for name in ("fsdp", "ddp"))
-    assert curve(ours, "grad_norm")[:2] == pytest.approx(curve(theirs, "grad_norm")[:2], rel=1e-5)
+    assert curve(ours, "grad_norm")[:2] == pytest.approx(curve(theirs, "grad_norm")[:2], rel=1e-3)
+    assert curve(ours, "loss")[0] == pytest.approx(curve(theirs, "loss")[0], abs=1e-6)
     assert curve(ours, "loss") == pytest.approx(curve(theirs, "loss"), abs=5e-4)
 
 
