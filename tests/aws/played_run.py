@@ -27,6 +27,8 @@ def main() -> int:
         }  # fmt: skip
         (directory / ("seen.json" if act == "both write" else f"seen-{host}.json")).write_text(json.dumps(seen))
         (directory / "config.yaml").write_text(json.dumps(config))
+        if first and act == "both write":
+            time.sleep(2)  # the job ends with the first host, and the other may be slower to write
     print(f"{act} on {host}", flush=True)
     starts = len(list(directory.glob("start-*"))) + 1
     if first:
