@@ -89,16 +89,20 @@ class CompileAhead:
     ) -> None:
         self._problem: str | None = None
         # Not daemons: Python aborts when it ends under one that is in torch's C++ code. `gpt.cli.run` does not wait for them.
-        self._thread = threading.Thread(target=self._compile, args=(device, config, micro_batch, length, documents, prepare, lora))
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._compile, args=(device, config, micro_batch, length, documents, prepare, lora))]
+        if device.is_host:
+            self._threads.append(threading.Thread(target=_parse_headers))
+        for thread in self._threads:
+            thread.start()
 
     def done(self) -> bool:
         """Whether it has nothing left to do."""
-        return not self._thread.is_alive()
+        return not any(thread.is_alive() for thread in self._threads)
 
     def problem(self) -> str | None:
-        """Wait until it is done; what went wrong in one line, or None."""
-        self._thread.join()
+        """Wait until it is done, so that what follows (measuring the peak) has the machine; what went wrong in one line, or None."""
+        for thread in self._threads:
+            thread.join()
         return self._problem
 
     def _compile(
@@ -114,7 +118,6 @@ class CompileAhead:
         try:
             if device.is_host:
                 skip_vector_probes()
-                threading.Thread(target=_parse_headers).start()
             adapters = lora and lora.of_most_blocks(config)
             model = GPT.materialise(dataclasses.replace(config, n_layer=2 if adapters else 1), device.type, lora=adapters)
             for p in model.parameters():
