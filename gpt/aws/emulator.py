@@ -165,7 +165,8 @@ class _Emulation:
         status: Status | None = None
         terminate_at = kill_at = None
         killed = False
-        with hosts, CheckpointSync(self.storage, checkpoints, hosts.checkpoints, self._say) as sync:
+        sync = CheckpointSync(self.storage, checkpoints, hosts.checkpoints, self._say)  # before a host can have written anything
+        with hosts, sync:
             began = time.monotonic()
             while hosts.running():
                 now = time.monotonic() - began
