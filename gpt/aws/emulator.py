@@ -165,7 +165,8 @@ class _Emulation:
         status: Status | None = None
         terminate_at = kill_at = None
         killed = False
-        sync = CheckpointSync(self.storage, checkpoints, hosts.checkpoints, self._say)  # before a host can have written anything
+        # Made before a host can have written anything: what is there now is taken for known.
+        sync = CheckpointSync(self.storage, checkpoints, hosts.checkpoints, self._say)
         with hosts, sync:
             began = time.monotonic()
             while hosts.running():
