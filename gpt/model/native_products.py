@@ -1,7 +1,8 @@
 """Products of linear layers in bf16 on a CPU in C++ (`products.cpp`), as operators that torch differentiates and compiles around.
 
-They are faster than oneDNN's (benchmarks/RESULTS.md, "Linear layers"), and what stands around them costs next to nothing: weights are narrowed
-where they are laid out for the product, biases and GELU are added and computed where its sums are, gradients of weights are fp32 sums.
+They are faster than oneDNN's (benchmarks/RESULTS.md, "Linear layers"), and what stands around them costs next to nothing: weights are
+narrowed where they are laid out for the product, biases and GELU are added and computed where its sums are, gradients of weights are fp32
+sums.
 
 Shapes: (..., I) any number of rows, M of them in all; O outputs and I inputs of a layer.
 """
