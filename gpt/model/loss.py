@@ -129,7 +129,7 @@ class _HeadProducts:
         narrow = product_weight(weight, dtype)
         self.vocab_size, self.shape, self.dtype = len(weight), narrow.shape, dtype
         self._bias = product_bias(bias, narrow)
-        self.is_native = suits_product(narrow.new_empty(rows, 0), narrow)
+        self.is_native = suits_product(narrow.new_empty(rows, 0), narrow)  # of an x with a chunk's rows
         self._narrow = None if self.is_native else narrow
         self._forward = pack_for_forward(narrow) if self.is_native else None
         self._backward = pack_for_backward(narrow) if self.is_native and learns else None

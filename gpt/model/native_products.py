@@ -98,9 +98,15 @@ def _packed(name: str, weight: Tensor, depth: int, width: int) -> Tensor:
 
 
 def multiply(x: Tensor, packed: Tensor, width: int, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """x (..., K) bf16 times what is packed for it, plus bias (width,) -> (..., width) bf16, in `out` if that is given."""
+    """x (..., K) bf16 times what is packed for it, plus bias (width,) -> (..., width) bf16, in `out` if that is given.
+
+    Raises:
+        RuntimeError: x is not as wide as what the weight was packed for.
+    """
     y = x.new_empty(*x.shape[:-1], width) if out is None else out
     assert y.is_contiguous()
+    assert y.shape == (*x.shape[:-1], width)
+    assert bias is None or len(bias) == width
     _multiply("multiply", [(x, packed)], width, _wide(bias), y)
     return y
 
@@ -128,7 +134,10 @@ def multiply_transposed(
 def _multiply(name: str, terms: Sequence[tuple[Tensor, Tensor]], width: int, *arguments: Tensor | None) -> None:
     """A product of C++, of x (..., K) and what is packed for it, or the sum of several."""
     rows = [(x.contiguous(), packed) for x, packed in terms]
-    assert all(x.dtype == torch.bfloat16 for x, _ in rows)
+    for x, packed in rows:
+        assert x.dtype == torch.bfloat16
+        if (x.shape[-1], -(-width // _PANEL)) != (2 * packed.shape[1], packed.shape[0]):  # C++ would read beyond
+            raise RuntimeError(f"rows of {x.shape[-1]} numbers for {width} do not fit a weight laid out for {2 * packed.shape[1]}")
     factors = [_Factors(x.data_ptr(), packed.data_ptr(), x.shape[-1]) for x, packed in rows]
     sizes = c_int64(rows[0][0].shape[:-1].numel()), c_int64(width)
     _call(name, (_Factors * len(factors))(*factors), c_int64(len(factors)), *arguments, *sizes, _threads())
@@ -287,8 +296,10 @@ def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
 
 
 def suits_together(x: Tensor, *layers: nn.Module | None) -> bool:
-    """Whether products of x with these layers can be one operator: they suit, are plain, and no hook wants to see them one by one."""
+    """Whether products of x with these layers can be one operator: they suit, are plain, all or none have a bias, and no hook wants to see
+    them one by one."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     plain = [layer for layer in layers if is_plain(layer)]
     seen = any(getattr(layer, hook) for layer in plain for hook in hooks)
-    return len(plain) == len(layers) and not seen and suits_product(x, *(layer.weight for layer in plain))
+    alike = len({layer.bias is None for layer in plain}) == 1
+    return len(plain) == len(layers) and alike and not seen and suits_product(x, *(layer.weight for layer in plain))

@@ -212,6 +212,18 @@ def test_hosts_that_write_different_checkpoints_are_noticed(play, tmp_path, capf
     assert "warning: hosts 1 and 2 both write checkpoints/r/seen.json, with different content" in capfd.readouterr().err
 
 
+def test_what_a_host_writes_before_anything_is_copied_is_copied(play, tmp_path, monkeypatch):
+    make = emulator.CheckpointSync
+
+    def slowly_made(*args: Any) -> Any:
+        time.sleep(1)  # longer than a host takes to write
+        return make(*args)
+
+    monkeypatch.setattr(emulator, "CheckpointSync", slowly_made)
+    assert play("train") == 0
+    assert [path.parent.parent.name for path in s3(tmp_path).rglob("seen-*.json") if "output" not in path.parts] == ["checkpoints"]
+
+
 # Interruptions and limits
 
 

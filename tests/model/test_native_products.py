@@ -216,6 +216,17 @@ class TestModules:
         for a, b in zip(self.run(module, *arguments), eager, strict=True):
             assert error(a, b) < 2e-2
 
+    def test_an_input_of_another_width_is_refused(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in (Linear(32, 48), FeedForward(CONFIG)):
+                with pytest.raises(RuntimeError, match=r"rows of 48 numbers .* do not fit a weight laid out for 32"):
+                    layer(torch.randn(64, 48))
+
+    def test_one_bias_of_two_is_added(self):
+        module = FeedForward(replace(CONFIG, norm="rmsnorm", positions="rotary", activation="swiglu", bias=True))
+        module.gate.register_parameter("bias", None)
+        self.both(module, torch.randn(2, 40, 32))
+
     def test_a_hook_sees_each_layer(self):
         seen, module, x = [], FeedForward(CONFIG), torch.randn(2, 40, 32).bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
