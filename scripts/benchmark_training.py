@@ -78,7 +78,7 @@ def ours(pace: Pace, dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
     from gpt.compose import compose_run
     from gpt.model.loss import LinearCrossEntropy
     from gpt.model.transformer import GPT
-    from gpt.runtime.allocator import keep_freed_memory
+    from gpt.runtime.allocator import keep_freed_memory, no_garbage_collection
     from gpt.runtime.compiling import compile_model
     from gpt.runtime.cpu import Cpu
     from gpt.training.optimizer import build_optimizers
@@ -95,7 +95,8 @@ def ours(pace: Pace, dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
             hidden = model.hidden_states(tokens)
         return loss(hidden, model.head.weight, targets) / TOKENS
 
-    _loop(pace, model, build_optimizers(config.optimizer, model, dtype), forward)
+    with no_garbage_collection():  # as in the trainer
+        _loop(pace, model, build_optimizers(config.optimizer, model, dtype), forward)
 
 
 def stock_gpt2(layers: int) -> Any:

@@ -98,15 +98,12 @@ template <int M> inline void fetch(const bfloat16 *x, int64_t row, int64_t vecto
         for (int64_t n = 0; n < vectors; n += 2) __builtin_prefetch(x + m * row + n * LANES, 1);
 }
 
+// GELU of a sum, or the sum times GELU's derivative.
 template <End END> inline void finish(const Product &p, int64_t at, __m512 sum) {
-    if (END == End::GELU_GRADIENT) {
-        const Gelu gelu(widened(p.before + at));
-        store(p.activated + at, narrowed(gelu.value()));
-        store(p.y + at, narrowed(_mm512_mul_ps(widened(narrowed(sum)), gelu.derivative())));
-        return;
-    }
-    store(p.y + at, narrowed(sum));
-    if (END == End::GELU) store(p.activated + at, narrowed(Gelu(widened(narrowed(sum))).value()));
+    const __m256i rounded = narrowed(sum);
+    const Gelu gelu(widened(END == End::GELU ? rounded : loaded(p.before + at)));
+    store(p.activated + at, narrowed(gelu.value()));
+    store(p.y + at, END == End::GELU ? rounded : narrowed(_mm512_mul_ps(widened(rounded), gelu.derivative())));
 }
 
 // M rows from `row` on of so many vectors from `column` on: the sum over these parts, and what is in `partial` (M, PANEL) unless they are
@@ -136,11 +133,16 @@ void tile(const Product &p, int64_t row, int64_t column, int64_t vectors, const 
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
         for (int n = 0; n < VECTORS; ++n) {
-            if (!is_last)
+            if (!is_last || END != End::PLAIN)
                 _mm512_storeu_ps(partial + m * PANEL + n * LANES, sums[m][n]);
             else if (n < vectors)
-                finish<END>(p, (row + m) * p.N + column + n * LANES, sums[m][n]);
+                store(p.y + (row + m) * p.N + column + n * LANES, narrowed(sums[m][n]));
         }
+    if (!is_last || END == End::PLAIN) return;
+    for (int64_t m = 0; m < M; ++m)  // a loop: as many times the code as there are sums takes longer to fetch than to run
+#pragma GCC unroll 4
+        for (int64_t n = 0; n < vectors; ++n)
+            finish<END>(p, (row + m) * p.N + column + n * LANES, _mm512_loadu_ps(partial + m * PANEL + n * LANES));
 }
 
 // f(first row, how many as a constant) for all rows.
