@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 import gpt.compose
@@ -36,6 +37,11 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None  # a run's end would undo it
+
+
+def pytest_runtest_setup() -> None:
+    """A test draws the same numbers in every run: limits of rounding are there to hold for any, but not for one draw in a thousand."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
