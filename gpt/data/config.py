@@ -13,10 +13,11 @@ FILE_SOURCES = ("text", "jsonl", "parquet")
 TEXT_SOURCES = ("stdlib", "text", "stdlib_topics")
 """Sources of plain text, whatever the command."""
 EXAMPLE_SOURCES = {
-    "stdlib_docstrings": "prompt_completion", "stdlib_chats": "messages", "stdlib_packages": "text_label", "stdlib_tokens": "tokens_tags",
+    "stdlib_docstrings": "prompt_completion", "stdlib_chats": "messages", "stdlib_packages": "text_label",
+    "stdlib_exceptions": "text_label", "stdlib_tokens": "tokens_tags",
 }  # fmt: skip
 """Sources of examples to fine-tune on, which have no plain text, with their format. The others hold rows, which may be either."""
-EXAMPLE_GROUPS = ("file", "class")
+EXAMPLE_GROUPS = ("package", "file", "class")
 """What `data.holdout_by` can be of these."""
 BESIDE_FIELDS = ("answers", "test")
 """Fields of a row that say how an answer is checked: nothing of them is learned, and no row is made of them alone."""
@@ -77,7 +78,7 @@ class SourceConfig:
 
     source: Literal[
         "stdlib", "text", "jsonl", "parquet", "hf", "mixture",
-        "stdlib_docstrings", "stdlib_chats", "stdlib_packages", "stdlib_tokens", "stdlib_topics",
+        "stdlib_docstrings", "stdlib_chats", "stdlib_packages", "stdlib_exceptions", "stdlib_tokens", "stdlib_topics",
     ] = "stdlib"  # fmt: skip
     """The running Python's own standard library, files of text or rows, a dataset of the Hugging Face hub, or several of these."""
     paths: list[str] = field(default_factory=list)
@@ -92,7 +93,8 @@ class SourceConfig:
     fields: FieldNames = field(default_factory=FieldNames)
     holdout_by: str = ""
     """A field of the rows: those with one value of it are all held out or none, so that what belongs together is never on both sides.
-    Empty: each row for itself. Examples out of the standard library have file, and class (or, outside of classes, the file)."""
+    Empty: each row for itself. Examples out of the standard library have package (the top-level one, or the module), file, and
+    class (or, outside of classes, the file)."""
     licence: str = ""
     """Of the data, as you know it; kept in the manifest beside every checkpoint."""
 

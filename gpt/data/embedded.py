@@ -19,20 +19,28 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpt.data.config import SourceConfig
 from gpt.data.files import StoredFile, fingerprint_files, local_file
 from gpt.data.sources import OnError, ReadReport, Row, RowStream, Source, TextSource
 from gpt.errors import UserError
 
+T = TypeVar("T")
 LICENCE = "PSF-2.0"
 PACKAGES = ("asyncio", "collections", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
 """The classes of stdlib_packages: those with most functions (180 and more) of the packages that every Python from 3.11 on has."""
+EXCEPTIONS = (
+    "AttributeError", "ImportError", "IndexError", "KeyError", "NotImplementedError", "OSError", "RuntimeError", "StopIteration",
+    "TypeError", "ValueError",
+)  # fmt: skip
+"""The classes of stdlib_exceptions: of the built-in ones that say what went wrong, those that ten packages and more raise or catch."""
 TAGS = ("keyword", "name", "string", "number", "comment", "operator")
 """The classes of stdlib_tokens."""
-PER_PACKAGE = 400
+PER_CLASS = 400
+"""At most so many examples of a class of texts, from all over what there is."""
 _LONGEST = 4000  # characters of a function
+_LONGEST_BEFORE = 600  # characters before an exception, some 200 tokens: what is cut at a context of 256 loses its end, which matters most
 _SHORTEST_DOCSTRING = 10  # characters of its first line
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -94,14 +102,16 @@ class EmbeddedSource(Source):
             for row in islice(self._make(), position["row"], None):
                 report.files += not position["row"]
                 position["row"] += 1
-                yield replace(row, group=_group(row.name, by)) if by else row
+                yield replace(row, group=group_of(row.name, by)) if by else row
 
         return RowStream(read(), lambda: dict(position))
 
 
-def _group(name: str, by: str) -> str:
-    """What a function belongs to, by its name: its file, or its outermost class, where it has one."""
+def group_of(name: str, by: str) -> str:
+    """What a function belongs to, by its name: its top-level package or module, its file, or its outermost class, where it has one."""
     file, _, function = name.partition(":")
+    if by == "package":
+        return file.partition("/")[0].removesuffix(".py")
     outermost, dot, _ = function.partition(".")
     return f"{file}:{outermost}" if by == "class" and dot else file
 
@@ -123,6 +133,12 @@ class _Function:
         margin = self.lines[self.node.lineno - 1][: self.node.col_offset]
         kept = (n for n in range(first, (self.node.end_lineno or first) + 1) if n not in without)
         return "".join(self.lines[n - 1].removeprefix(margin) + "\n" for n in kept)
+
+    def before(self, line: int, column: int) -> str:
+        """Its source up to a place of its file, in UTF-8 bytes from the line's start as `ast` counts them, without the blanks before it."""
+        margin = self.lines[self.node.lineno - 1][: self.node.col_offset]
+        begun = self.lines[line - 1].encode()[:column].decode().removeprefix(margin)
+        return (self.source(without=range(line, (self.node.end_lineno or line) + 1)) + begun).rstrip()
 
 
 def _functions(files: Iterable[StoredFile]) -> Iterator[_Function]:
@@ -195,9 +211,41 @@ def _packages() -> Iterator[Row]:
     files = standard_library_files()
     for package in PACKAGES:
         functions = list(_functions(f for f in files if f.name.startswith(f"{package}/")))
-        count = min(PER_PACKAGE, len(functions))
-        for function in (functions[i * len(functions) // count] for i in range(count)):  # from all over the package
+        for function in _spread(functions):
             yield Row(function.name, function.place, {"text": function.source(), "label": package})
+
+
+def _spread(of_a_class: list[T]) -> Iterator[T]:
+    """PER_CLASS of them, evenly from the first to the last."""
+    count = min(PER_CLASS, len(of_a_class))
+    return (of_a_class[i * len(of_a_class) // count] for i in range(count))
+
+
+def _exceptions() -> Iterator[Row]:
+    rows: dict[str, list[Row]] = {name: [] for name in EXCEPTIONS}
+    texts = set[str]()
+    for function in _functions(standard_library_files()):
+        for number, exception in enumerate(_raised_or_caught(function.node)):
+            text = function.before(exception.lineno, exception.col_offset)
+            if len(text) > _LONGEST_BEFORE:
+                text = text[-_LONGEST_BEFORE:].partition("\n")[2]
+            if text.endswith(("raise", "except")) and text not in texts:  # the same code in two packages would be on both sides
+                texts.add(text)
+                values = {"text": text, "label": exception.id}
+                rows[exception.id].append(Row(f"{function.name}@{number}", f"{function.place}@{number}", values))
+    for of_a_class in rows.values():
+        yield from _spread(of_a_class)
+
+
+def _raised_or_caught(function: ast.AST) -> list[ast.Name]:
+    """Where one of EXCEPTIONS is named alone behind `raise` or `except`, from top to bottom."""
+    found = []
+    for node in ast.walk(function):
+        named = node.exc if isinstance(node, ast.Raise) else node.type if isinstance(node, ast.ExceptHandler) else None
+        named = named.func if isinstance(named, ast.Call) else named
+        if isinstance(named, ast.Name) and named.id in EXCEPTIONS:
+            found.append(named)
+    return sorted(found, key=lambda name: (name.lineno, name.col_offset))
 
 
 def _tokens() -> Iterator[Row]:
@@ -231,5 +279,5 @@ def _topics() -> Iterator[Row]:
 
 _MAKERS: dict[str, Callable[[], Iterator[Row]]] = {
     "stdlib_docstrings": _docstrings, "stdlib_chats": _chats,
-    "stdlib_packages": _packages, "stdlib_tokens": _tokens, "stdlib_topics": _topics,
+    "stdlib_packages": _packages, "stdlib_exceptions": _exceptions, "stdlib_tokens": _tokens, "stdlib_topics": _topics,
 }  # fmt: skip

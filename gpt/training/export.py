@@ -190,6 +190,7 @@ def _named(source: SourceConfig) -> str:
         "stdlib_docstrings": "functions of Python's standard library and their docstrings",
         "stdlib_chats": "conversations about functions of Python's standard library",
         "stdlib_packages": "functions of Python's standard library and the packages that they are from",
+        "stdlib_exceptions": "code of Python's standard library and the exceptions that it raises or catches next",
         "stdlib_tokens": "functions of Python's standard library, cut into tokens, and the kind of each",
     }[source.source]  # fmt: skip
 

@@ -16,7 +16,7 @@ from gpt.data.config import SourceConfig
 from gpt.data.sources import ReadReport, Row, Source, open_source
 from gpt.errors import UserError
 
-SETS = ["stdlib_docstrings", "stdlib_chats", "stdlib_packages", "stdlib_tokens", "stdlib_topics"]
+SETS = ["stdlib_docstrings", "stdlib_chats", "stdlib_packages", "stdlib_exceptions", "stdlib_tokens", "stdlib_topics"]
 
 
 @cache
@@ -35,7 +35,9 @@ def row(name: str, of: str) -> Row:
 
 
 class TestEverySet:
-    @pytest.mark.parametrize(("name", "least"), [("stdlib_docstrings", 3000), ("stdlib_packages", 2000), ("stdlib_topics", 50)])
+    @pytest.mark.parametrize(
+        ("name", "least"), [("stdlib_docstrings", 3000), ("stdlib_packages", 2000), ("stdlib_exceptions", 1800), ("stdlib_topics", 50)]
+    )
     def test_is_large_enough_to_learn_from(self, name, least):
         assert len(rows(name)) > least
 
@@ -156,7 +158,7 @@ class TestPackages:
         counts = Counter(r.values["label"] for r in rows("stdlib_packages"))
         assert tuple(sorted(counts)) == tuple(sorted(embedded.PACKAGES))
         assert len(counts) == 10
-        assert max(counts.values()) == embedded.PER_PACKAGE
+        assert max(counts.values()) == embedded.PER_CLASS
         assert min(counts.values()) >= 60
 
     def test_the_text_is_a_function_of_the_package(self):
@@ -165,6 +167,47 @@ class TestPackages:
 
         assert found.values == {"text": inspect.getsource(urlparse), "label": "urllib"}
         assert all(r.name.startswith(r.values["label"] + "/") for r in rows("stdlib_packages"))
+
+
+class TestExceptions:
+    def test_the_text_ends_where_the_exception_is_named(self, tmp_path, monkeypatch):
+        (tmp_path / "m.py").write_text(
+            "class C:\n    @property\n    def f(self):\n        try:\n            é = self.x['é']\n"
+            "        except KeyError: raise AttributeError('é') from None\n        except (TypeError, ValueError):\n            raise\n"
+            "        except OSError as error:\n            raise Own from error\n        é = 'é'; raise IndexError\n"
+        )
+        (tmp_path / "n.py").write_text(
+            "def g(x):\n    if not x:\n        raise ValueError(x)\n" + "    x += 1\n" * 70 + "    raise TypeError\n"
+        )
+        (tmp_path / "o.py").write_text("def g(x):\n    if not x:\n        raise TypeError(x)\n")  # what n.py has already
+        monkeypatch.setattr(embedded.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        found = open_source(SourceConfig(source="stdlib_exceptions"), "auto").rows(ReadReport())
+        start = "@property\ndef f(self):\n    try:\n        é = self.x['é']\n    except"
+        caught = f"{start} KeyError: raise AttributeError('é') from None\n    except (TypeError, ValueError):\n        raise\n    except"
+        assert {r.name: (r.values["text"], r.values["label"]) for r in found} == {
+            "m.py:C.f@0": (start, "KeyError"),
+            "m.py:C.f@1": (f"{start} KeyError: raise", "AttributeError"),
+            "m.py:C.f@2": (caught, "OSError"),
+            "m.py:C.f@3": (f"{caught} OSError as error:\n        raise Own from error\n    é = 'é'; raise", "IndexError"),
+            "n.py:g@0": ("def g(x):\n    if not x:\n        raise", "ValueError"),
+            "n.py:g@1": ("    x += 1\n" * 53 + "    raise", "TypeError"),
+        }
+
+    def test_no_text_tells_and_none_is_there_twice(self):
+        some = rows("stdlib_exceptions")
+        assert all(r.values["text"].endswith(("raise", "except")) and len(r.values["text"]) <= 600 for r in some)
+        assert len({r.values["text"] for r in some}) == len(some)
+        assert sum(r.values["label"] in r.values["text"] for r in some) < 0.3 * len(some)  # named before: a text of its own there
+
+    def test_every_class_is_of_many_packages(self):
+        packages: dict[str, set[str]] = {name: set() for name in embedded.EXCEPTIONS}
+        counts = Counter(r.values["label"] for r in rows("stdlib_exceptions"))
+        for r in rows("stdlib_exceptions"):
+            packages[r.values["label"]].add(embedded.group_of(r.name, "package"))
+        assert len(packages) == 10
+        assert min(map(len, packages.values())) >= 10
+        assert max(counts.values()) == embedded.PER_CLASS
+        assert min(counts.values()) >= 30
 
 
 class TestTokens:

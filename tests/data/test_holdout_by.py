@@ -107,6 +107,25 @@ class TestOutOfTheStandardLibrary:
             assert plain.group == file
             assert of_class.group == (f"{file}:{function.split('.')[0]}" if "." in function else file)
 
+    def test_a_package_is_a_folder_or_a_module(self):
+        grouped = rows_of(SourceConfig("stdlib_exceptions", holdout_by="package"))[0]
+        files = {row.name.partition(":")[0]: row.group for row in grouped}
+        assert files["json/decoder.py"] == "json"
+        assert files["xml/dom/minidom.py"] == "xml"
+        assert files["argparse.py"] == "argparse"
+        assert {group for file, group in files.items() if "/" not in file} <= {file.removesuffix(".py") for file in files}
+
+    def test_no_package_is_on_both_sides(self):
+        source = open_source(SourceConfig("stdlib_exceptions", holdout_by="package"), "raise")
+        hold_out = survey(source, 0.2, 0, examples=True).hold_out
+        sides: dict[bool, set[str]] = {False: set(), True: set()}
+        grouped = rows_of(SourceConfig("stdlib_exceptions", holdout_by="package"))[0]
+        for row in grouped:
+            sides[hold_out(row.held_out_key)].add(row.name.partition(":")[0].partition("/")[0])
+        assert not sides[False] & sides[True]
+        assert len(sides[True]) > 10
+        assert len({row.values["label"] for row in grouped if hold_out(row.held_out_key)}) == 10
+
     def test_no_class_of_python_is_on_both_sides(self, names):
         source = open_source(SourceConfig("stdlib_packages", holdout_by="class"), "raise")
         hold_out = survey(source, 0.2, 0, examples=True).hold_out
