@@ -76,8 +76,9 @@ def ours(pace: Pace, settings: list[str], epochs: str = "", rank: int = 0) -> No
             if epochs != "later" or len(made) < 3:
                 tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1))
                 numbers = torch.arange(first, first + BATCH)
-                made.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, numbers))
-                batch = made[-1]
+                batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, numbers)
+                if epochs == "later":
+                    made.append(batch)
                 first += BATCH
             else:
                 batch = made[int(counts.values["losses"]) % 3]
