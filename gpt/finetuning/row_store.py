@@ -1,11 +1,13 @@
 """What has been computed of each row of the data, kept on disk: a file of rows of one shape, filled in any order and read again and again.
 
-Rows are written with ordinary writes, so that a full disk is an error and no crash, and read through a mapping. Beside the rows stands a
-checksum of each: a row whose write was cut short, by a kill or a power failure, counts as missing. Processes of one machine share the file.
+Rows are written and read as any file is: a full disk is an error and no crash, and what was read is no memory of this process. Beside the
+rows stands a checksum of each: a row whose write was cut short, by a kill or a power failure, counts as missing. Processes of one machine
+share the file.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -24,7 +26,6 @@ from torch import Tensor
 from gpt.errors import UserError
 
 _META, _ROWS, _SUMS = "meta.json", "rows.bin", "checksums.bin"
-_RESIDENT = 1 << 26  # bytes read through the mapping that may count as this process's memory
 _BLANK = 0  # the checksum of a row that is not there; one that happens to be 0 is stored as 1
 
 
@@ -62,10 +63,7 @@ class RowStore:
         for file, size in zip(self._files, (rows * self._row_bytes, 4 * rows), strict=True):
             if os.fstat(file).st_size != size:
                 os.ftruncate(file, size)
-        self._mapped, sums = (mmap.mmap(file, 0, prot=mmap.PROT_READ) for file in self._files)
-        self._bytes = np.frombuffer(self._mapped, dtype=np.uint8).reshape(rows, self._row_bytes)
-        self._sums = np.frombuffer(sums, dtype=np.uint32)
-        self._touched = 0  # bytes, since the mapping's pages were given back
+        self._sums = np.frombuffer(mmap.mmap(self._files[1], 0, prot=mmap.PROT_READ), dtype=np.uint32)
         self._known = np.zeros(rows, dtype=bool)  # rows that this process has written, or has found to be whole
 
     def _check(self, meta: dict[str, Any]) -> None:
@@ -90,25 +88,24 @@ class RowStore:
         if not (self._sums[numbers] != _BLANK).all():
             return False
         for number in numbers[~self._known[numbers]].tolist():
-            self._give_back(1)
-            if _checksum(self._bytes[number]) != self._sums[number]:
+            if _checksum(self._bytes(np.array([number]))[0]) != self._sums[number]:
                 return False
             self._known[number] = True
         return True
 
     def read(self, numbers: np.ndarray) -> Tensor:
         """(n, *shape) on the CPU: the rows of these numbers, which `holds` has found; zeros for padding."""
-        rows = self._bytes[numbers]  # a copy
-        self._give_back(len(numbers))
-        rows[np.flatnonzero(numbers < 0)] = 0
-        return torch.from_numpy(rows).view(self.dtype).view(len(numbers), *self.shape)
+        return torch.from_numpy(self._bytes(numbers)).view(self.dtype).view(len(numbers), *self.shape)
 
-    def _give_back(self, rows: int) -> None:
-        """Count rows as touched, and let go of the pages when they are many: they stay in the system's cache, but are not ours."""
-        self._touched += rows * self._row_bytes
-        if self._touched > _RESIDENT:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
+    def _bytes(self, numbers: np.ndarray) -> np.ndarray:
+        """(n, bytes of a row) uint8; zeros for negative numbers."""
+        rows = np.empty((len(numbers), self._row_bytes), dtype=np.uint8)
+        for number, row in zip(numbers.tolist(), rows, strict=True):
+            if number < 0:
+                row[:] = 0
+            else:
+                _read(self._files[0], row.data, number * self._row_bytes)
+        return rows
 
     def write(self, numbers: np.ndarray, rows: Tensor) -> None:
         """Keep rows (n, *shape), on the CPU, in the store's dtype, under these numbers; padding is left out.
@@ -172,6 +169,14 @@ def _on_disk(folder: Path) -> int:
 
 def _checksum(row: np.ndarray) -> int:
     return zlib.crc32(row.data) or 1
+
+
+def _read(file: int, view: memoryview, offset: int) -> None:
+    while view:
+        read = os.preadv(file, [view], offset)
+        if not read:
+            raise OSError(errno.EIO, "the file of rows was cut short")
+        view, offset = view[read:], offset + read
 
 
 def _write(file: int, data: memoryview | bytes, offset: int) -> None:
