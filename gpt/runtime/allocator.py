@@ -30,6 +30,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
+def give_back_freed_memory() -> None:
+    """Return whole pages that nothing uses now to the system, which `keep_freed_memory` keeps: after much has been freed for good."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Python's collector runs between steps, when asked, and not within them; what is there now is never looked at again."""

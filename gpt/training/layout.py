@@ -23,7 +23,7 @@ from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
 from gpt.runtime.parallel import checkpoint_activations, place_weights, split_matrices, spread
 from gpt.training.checkpoint import digest
-from gpt.training.objectives import objective_for
+from gpt.training.objectives import frozen_folder, objective_for
 from gpt.training.packed_prefix import PackedPrefix, packs_prefix
 from gpt.typed import shown
 
@@ -80,7 +80,7 @@ def lay_out(
         model.tie()
         assert not config.model.tie_embeddings or model.head.weight is model.embeddings.tokens.weight
         if packs_prefix(device):
-            model.frozen_blocks = PackedPrefix(model)
+            model.frozen_blocks = PackedPrefix(model, frozen_folder(config))
     objective = objective_for(config, model, LinearCrossEntropy(device.dtype), paired)
     if config.parallel.tensor > 1 and divided:
         split_matrices(model, world)

@@ -104,6 +104,11 @@ def objective_for(config: RunConfig, model: GPT, loss: LinearCrossEntropy, paire
     return NextTokenLoss(model, loss)
 
 
+def frozen_folder(config: RunConfig) -> Path:
+    """Where what frozen blocks make is kept, and their weights while they are not read."""
+    return Path(config.freeze.cache_dir or f"{config.data.cache_dir}/frozen").expanduser()
+
+
 def whole_pairs(size: int, sizes: list[int], config: RunConfig, sequences: int, ranks: int) -> tuple[int, list[int]]:
     """Sequences of a pass that are pairs of rows.
 
@@ -197,10 +202,8 @@ def givers_for(
         givers.train.append(givers.teacher)
     if not config.freeze.is_empty or config.lora.rank:
         prefix = PrefixData(data.rows, config.sequence_length, fingerprint, epochs)
-        folder = Path(config.freeze.cache_dir).expanduser() if config.freeze.cache_dir else cache / "frozen"
-        givers.prefix = open_prefix_cache(
-            config.freeze.cache, config.freeze.cache_gb, folder, inner, prefix, state.frozen, device, world, say
-        )
+        where = (config.freeze.cache, config.freeze.cache_gb, frozen_folder(config))
+        givers.prefix = open_prefix_cache(*where, inner, prefix, state.frozen, device, world, say)
     if givers.prefix is not None:
         givers.train.append(givers.prefix.train)
         givers.held_out.append(givers.prefix.held_out)

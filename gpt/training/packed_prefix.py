@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,9 @@ from gpt.model.attention import KVCache
 from gpt.model.native_products import is_plain
 from gpt.model.native_rowwise import add_to
 from gpt.model.transformer import GPT, Block
+from gpt.runtime.allocator import give_back_freed_memory
 from gpt.runtime.device import Device
+from gpt.runtime.paged import move_to_file
 
 
 def packs_prefix(device: Device) -> bool:
@@ -25,23 +29,36 @@ class PackedPrefix:
     """Makes the stand-ins of a model's frozen blocks, when first asked and whenever their weights are others (a checkpoint has been read).
 
     They share norms with the blocks that they stand for; matrices are in bf16, in oneDNN's layout, GELU or SiLU is computed in the product
-    before it, and q, k and v are one product. A block with adapters stands for itself.
+    before it, and q, k and v are one product. A block with adapters stands for itself. The matrices of the others, which steps do
+    not read, are then kept in a file.
+
+    Args:
+        model: whose blocks.
+        folder: for that file.
     """
 
-    def __init__(self, model: GPT) -> None:
-        self._model = model
+    def __init__(self, model: GPT, folder: Path) -> None:
+        self._model, self._folder = model, folder
         self._blocks: list[nn.Module] = []
         self._made_of: list[tuple[int, int]] = []
 
     def __call__(self) -> Sequence[nn.Module]:
         """What to compute in place of the frozen blocks."""
         blocks = list(self._model.blocks[: self._model.frozen_depth])
-        weights = [(p.data_ptr(), p._version) for block in blocks for p in block.parameters()]
-        if weights != self._made_of:
+        if _state(blocks) != self._made_of:
             self._blocks.clear()
             self._blocks.extend(self._packed(block) for block in blocks)
-            self._made_of = weights
+            self._put_away([block for block, twin in zip(blocks, self._blocks, strict=True) if twin is not block])
+            self._made_of = _state(blocks)
         return self._blocks
+
+    def _put_away(self, blocks: Sequence[nn.Module]) -> None:
+        matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
+        try:
+            move_to_file(matrices, self._folder)
+        except OSError as error:
+            warnings.warn(f"weights of frozen blocks stay in memory: {self._folder} cannot be written ({error.strerror})", stacklevel=3)
+        give_back_freed_memory()  # between these matrices lie small things, so that what a step makes finds no room there
 
     @torch.no_grad()
     def _packed(self, block: nn.Module) -> nn.Module:
@@ -70,6 +87,11 @@ class PackedPrefix:
                 setattr(module, name, part)
         del twin.attention.q, twin.attention.k, twin.attention.v
         return twin.eval()
+
+
+def _state(blocks: Sequence[nn.Module]) -> list[tuple[int, int]]:
+    """What is another once weights are."""
+    return [(p.data_ptr(), p._version) for block in blocks for p in block.parameters()]
 
 
 class _PackedBlock(Block):

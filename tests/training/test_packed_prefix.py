@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,13 +45,13 @@ def states(model: GPT, *arguments: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("documents", [False, True])
-def test_it_computes_what_the_blocks_compute(shape, documents):
+def test_it_computes_what_the_blocks_compute(shape, documents, tmp_path):
     model = frozen_model(shape)
     tokens = torch.randint(97, (3, 20))
     arguments = (tokens, torch.arange(20).expand(3, 20) // 7) if documents else (tokens,)
     exact = model.frozen_states(*arguments).double()
     plain = states(model, *arguments)
-    model.frozen_blocks = PackedPrefix(model)
+    model.frozen_blocks = PackedPrefix(model, tmp_path)
     packed = states(model, *arguments)
     assert packed.dtype == plain.dtype == torch.float32
     assert not torch.equal(packed, plain), "it is another computation"
@@ -57,9 +60,9 @@ def test_it_computes_what_the_blocks_compute(shape, documents):
     assert torch.equal(states(model, *arguments), packed), "nothing of it was changed in place"
 
 
-def test_it_holds_bf16_and_shares_the_norms():
+def test_it_holds_bf16_and_shares_the_norms(tmp_path):
     model = frozen_model("llama")
-    blocks = PackedPrefix(model)()
+    blocks = PackedPrefix(model, tmp_path)()
     assert len(blocks) == 2
     assert blocks[0].attention_norm is model.blocks[0].attention_norm
     weights = [m.packed for block in blocks for m in block.modules() if hasattr(m, "packed")]
@@ -68,9 +71,9 @@ def test_it_holds_bf16_and_shares_the_norms():
     assert not any(isinstance(m, nn.Linear) for block in blocks for m in block.modules())
 
 
-def test_other_weights_are_packed_anew_and_the_same_ones_are_not():
+def test_other_weights_are_packed_anew_and_the_same_ones_are_not(tmp_path):
     model = frozen_model("gpt2")
-    prefix = PackedPrefix(model)
+    prefix = PackedPrefix(model, tmp_path)
     first = list(prefix())
     assert [a is b for a, b in zip(first, prefix(), strict=True)] == [True, True]
     model.frozen_blocks, tokens = prefix, torch.randint(97, (2, 9))
@@ -82,12 +85,47 @@ def test_other_weights_are_packed_anew_and_the_same_ones_are_not():
     assert len(prefix()) == model.frozen_depth == 1
 
 
-def test_a_block_with_adapters_stands_for_itself():
+def test_a_block_with_adapters_stands_for_itself(tmp_path):
     model = frozen_model("gpt2")
     attach_as(model, LoRAConfig(rank=2, targets=["attention.q"]))
     set_trainable(model, frozenset(n for n, _ in model.named_parameters() if n.startswith("blocks.2.")))
-    assert all(a is b for a, b in zip(PackedPrefix(model)(), model.blocks, strict=False))
+    assert all(a is b for a, b in zip(PackedPrefix(model, tmp_path)(), model.blocks, strict=False))
 
 
 def test_only_a_cpu_in_bf16_packs():
     assert not packs_prefix(Cpu("", torch.float32))
+
+
+def mapped_at(folder) -> list[range]:
+    """Where files of a folder, also such as have no name any more, are mapped."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines if len(line) == 6 and line[5].startswith(str(folder))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_matrices_that_it_stands_for_lie_in_a_file_and_are_what_they_were(tmp_path):
+    model = frozen_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    PackedPrefix(model, tmp_path / "made")()
+    assert not list((tmp_path / "made").iterdir()), "the file has no name"
+    places = mapped_at(tmp_path)
+    inside = {name for name, p in model.named_parameters() if any(p.data_ptr() in place for place in places)}
+    assert inside == {name for name in before if name.startswith(("blocks.0.", "blocks.1.")) and "norm" not in name}
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    weight, other = (model.get_parameter(f"blocks.0.attention.{name}.weight") for name in "qk")
+    with torch.no_grad():
+        weight.add_(1)  # as when it trains later on
+    assert torch.equal(weight, before["blocks.0.attention.q.weight"] + 1)
+    assert torch.equal(other, before["blocks.0.attention.k.weight"])
+    del model, weight, other
+    gc.collect()
+    assert not mapped_at(tmp_path)
+
+
+def test_where_no_file_can_be_written_they_stay(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = frozen_model("gpt2")
+    places = [p.data_ptr() for p in model.parameters()]
+    with pytest.warns(UserWarning, match="weights of frozen blocks stay in memory: .* cannot be written"):
+        assert len(PackedPrefix(model, tmp_path / "file" / "below")()) == 2
+    assert places == [p.data_ptr() for p in model.parameters()]
