@@ -232,6 +232,7 @@ class _Function(torch.autograd.Function):
                 weight_gradient.add(gradient, rows, place)
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0, dtype=torch.float32)
+            del gradient  # before the logits of the next chunk are made
         if weight_gradient is not None:
             weight_gradient.finish()
         of_weight = None if weight_gradient is None else weight_gradient.sum
