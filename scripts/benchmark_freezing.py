@@ -45,6 +45,7 @@ def ours(pace: Pace, settings: list[str], epochs: str = "", rank: int = 0) -> No
     from gpt.model.objective import NextTokenLoss
     from gpt.model.transformer import GPT
     from gpt.runtime.allocator import keep_freed_memory
+    from gpt.runtime.compiling import native_throughout, should_compile
     from gpt.runtime.cpu import Cpu
     from gpt.runtime.distributed import World
     from gpt.training.checkpoint import TrainingState
@@ -58,7 +59,8 @@ def ours(pace: Pace, settings: list[str], epochs: str = "", rank: int = 0) -> No
     config, device, world = compose_run("pretrain", [*MODEL, *settings]), Cpu("CPU", torch.bfloat16), World()
     config.lora.rank = rank  # here, for a run's config may have adapters only of weights that have been trained
     plan = plan_freezing(config.freeze, config.unfreeze, GPT(config.model, lora=config.lora))
-    layout = lay_out(config, lambda: GPT(config.model, lora=config.lora), True, world, device, plan.stages[0].names)
+    compiled, _ = should_compile("auto", device, native=not rank and native_throughout(device, config.model))
+    layout = lay_out(config, lambda: GPT(config.model, lora=config.lora), compiled, world, device, plan.stages[0].names)
     assert isinstance(layout.objective, NextTokenLoss)
     trains = Unfreezing(config, plan, layout.model, layout.objective, world, device)
     set_learning_rate(trains.optimizers, 1.0)

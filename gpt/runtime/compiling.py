@@ -22,6 +22,7 @@ from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.kernels import kernels_of
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
+from gpt.runtime.case import native_parts
 from gpt.runtime.device import Device
 from gpt.runtime.parallel import computes_again
 
@@ -29,6 +30,7 @@ FROZEN = "frozen"
 """The first part of what a kind of graphs is known by that a run may do without."""
 # Compiling takes about 15 s on a cold cache and saves a third of the time of what follows.
 _PAYS_AFTER_SECONDS = 60
+_PAYS_AFTER_SECONDS_NATIVE = 1200  # where all that takes time is in C++ of ours: then it saves one to four hundredths
 _PAYS_AFTER_TOKENS = 256  # for the step that makes one token, on a GPU
 
 # What torch.compile may ask of a C++ compiler on x86.
@@ -36,7 +38,7 @@ _VECTOR_FLAGS = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx512vnni -mavx51
 
 
 def should_compile(
-    setting: Literal["auto"] | bool, device: Device, flops: float | None = None, seconds: float | None = None
+    setting: Literal["auto"] | bool, device: Device, flops: float | None = None, seconds: float | None = None, native: bool = False
 ) -> tuple[bool, str]:
     """Whether to compile, and the reason in words.
 
@@ -45,6 +47,7 @@ def should_compile(
         device: where the run is.
         flops: of the whole run, if known. Not of what is left of it: a run that resumes must go on with the same kernels.
         seconds: of the whole run, if its length is a time.
+        native: whether blocks are `native_throughout`.
     """
     if setting is False:
         return False, "compile=false"
@@ -56,9 +59,17 @@ def should_compile(
         return True, "compiled block by block"
     if flops is not None:
         seconds = flops / device.assumed_flops
+    if native and (seconds is None or seconds < _PAYS_AFTER_SECONDS_NATIVE):
+        return False, "not compiled: what takes time is in C++ already"
     if seconds is not None and seconds < _PAYS_AFTER_SECONDS:
         return False, "not compiled: the run is too short for it to pay"
     return True, "compiled block by block"
+
+
+def native_throughout(device: Device, model: GPTConfig) -> bool:
+    """Whether all that takes time in whole blocks without adapters is our C++ on this device, so that little is left to compile."""
+    rest = model.positions == "rotary" or model.activation == "gelu" or model.dropout
+    return all(native_parts(device, model)) and not rest
 
 
 class CompileAhead:

@@ -19,7 +19,7 @@ from gpt.finetuning.freezing import plan_freezing
 from gpt.finetuning.trainable import write_table
 from gpt.model.transformer import GPT
 from gpt.runtime.case import Case
-from gpt.runtime.compiling import CompileAhead, FixedGraphs, kinds_of_graphs, should_compile
+from gpt.runtime.compiling import CompileAhead, FixedGraphs, kinds_of_graphs, native_throughout, should_compile
 from gpt.runtime.device import Device
 from gpt.runtime.distributed import World
 from gpt.runtime.parallel import unwrapped
@@ -81,7 +81,8 @@ class PreparedRun:
         most = config.train.micro_batch if config.train.micro_batch != "auto" else MOST_TOKENS // config.sequence_length
         sizes = divisors(self.sequences // world.data_size, most)
         self.micro_batch = sizes[0]
-        self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config))
+        native = not world.is_divided and not config.lora.rank and native_throughout(self.device, expected_model(config))
+        self.compiled, reason = should_compile(config.compile, self.device, *expected_length(config), native)
         if config.train.micro_batch == "auto" and not self.device.says_when_full:
             self.micro_batch = largest_by_formula(sizes, lambda size: self.case(micro_batch=size), self.device)
         ahead = None

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 
+from gpt.model import native_attention, native_products, native_rowwise
 from gpt.model.config import GPTConfig, LoRAConfig
 from gpt.model.lora import adapted, adapter_parameters
 from gpt.model.loss import LinearCrossEntropy
 from gpt.model.transformer import GPT
-from gpt.runtime.compiling import compile_model, should_compile, should_compile_decoding
+from gpt.runtime.compiling import compile_model, native_throughout, should_compile, should_compile_decoding
 from gpt.runtime.cpu import Cpu
 from gpt.runtime.cuda import Cuda
 from gpt.runtime.parallel import checkpoint_activations
@@ -36,11 +37,35 @@ def no_obstacle(monkeypatch):
         ("auto", {}, True),
         (False, {"flops": 1e16}, False),
         (True, {"flops": 1e3}, True),
+        ("auto", {"seconds": 600, "native": True}, False),
+        ("auto", {"seconds": 6000, "native": True}, True),
+        ("auto", {"native": True}, False),
+        (True, {"native": True}, True),
     ],
 )
 @pytest.mark.usefixtures("no_obstacle")
 def test_auto_compiles_what_is_long_enough(setting, length, compiled):
     assert should_compile(setting, CPU, **length)[0] is compiled
+
+
+@pytest.mark.parametrize(
+    ("changes", "native"),
+    [
+        ({}, True),
+        ({"parallel_residual": True, "positions": "rotary"}, False),
+        ({"dropout": 0.1}, False),
+        ({"activation": "gelu"}, False),
+        ({"n_head": 8}, False),  # heads of 8
+    ],
+)
+def test_what_is_native_throughout(monkeypatch, changes, native):
+    for module in (native_rowwise, native_products):
+        monkeypatch.setattr(module, "is_native", lambda: True)
+    monkeypatch.setattr(native_attention, "is_native", lambda size: size % 16 == 0)
+    model = GPTConfig(**{"n_layer": 1, "n_head": 2, "d_model": 64, "vocab_size": 64, **changes})
+    assert native_throughout(Cpu("CPU", torch.bfloat16), model) is native
+    assert not native_throughout(Cpu("CPU", torch.float32), model)
+    assert not native_throughout(GPU, model)
 
 
 def test_an_obstacle_is_named(monkeypatch):
