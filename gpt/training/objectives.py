@@ -202,8 +202,10 @@ def givers_for(
         givers.train.append(givers.teacher)
     if not config.freeze.is_empty or config.lora.rank:
         prefix = PrefixData(data.rows, config.sequence_length, fingerprint, epochs)
-        where = (config.freeze.cache, config.freeze.cache_gb, frozen_folder(config))
-        givers.prefix = open_prefix_cache(*where, inner, prefix, state.frozen, device, world, say)
+        folder = frozen_folder(config)
+        givers.prefix = open_prefix_cache(
+            config.freeze.cache, config.freeze.cache_gb, folder, inner, prefix, state.frozen, device, world, say
+        )
     if givers.prefix is not None:
         givers.train.append(givers.prefix.train)
         givers.held_out.append(givers.prefix.held_out)
